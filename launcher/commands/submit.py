@@ -1,0 +1,138 @@
+"""`submit` and `resume`: compose, validate, freeze, hand over; `--wait` stays and shows the run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from launcher import codeversion, executors, progress, proven, runs, status
+from launcher.cluster_commands import use_cluster
+from launcher.config import compose, compose_sweep
+from launcher.paths import REPOSITORY, run_root
+from launcher.render import render
+from launcher.spec import JobSpec, UserError
+from launcher.submittable import check_submittable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words", nargs="*", metavar="KEY=VALUE", help="recipe=NAME cluster=NAME nodes=4 args.lr=3e-4 …"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="validate, print the job script, submit nothing"
+    )
+    _add_common(parser)
+
+
+def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", help="run id or the start of one (default: the latest run)")
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="changes to the job, such as nodes=2")
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--wait", action="store_true", help="stay, show progress, end with the run's own success"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object per run instead of text")
+
+
+def run(options: argparse.Namespace) -> int:
+    console = Console(stderr=options.json)
+    specs = compose_sweep(options.words)
+    for spec in specs:
+        use_cluster(spec.cluster)
+        check_submittable(spec)
+    for warning in dict.fromkeys(line for spec in specs for line in proven.unproven_options(spec)):
+        console.print(f"[yellow]warning[/]: {warning}", highlight=False, soft_wrap=True)
+    if options.dry_run:
+        for spec in specs:
+            print(render(spec), end="")
+        return 0
+    started = [_start_new(spec, options.words, options, console) for spec in specs]
+    return _wait_for(started, options, console)
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Submit an existing run again: it continues from its newest checkpoint in the same directory."""
+    console = Console(stderr=options.json)
+    words = list(options.words)
+    name = options.run
+    if name is not None and "=" in name:  # `resume nodes=2`: the first word is a change, not a run
+        name, words = None, [name, *words]
+    found = runs.find(run_root(), name)
+    use_cluster(found.spec().cluster)
+    now = status.status_of(found)
+    if not now.is_over and now.state != "unsubmitted":
+        raise UserError(f"run {found.id} is {now.state} (job {now.job_id}); cancel it first, or wait for it")
+    if words:
+        spec = compose(_merged(found.info()["words"], words))
+        if spec.recipe != found.spec().recipe:
+            raise UserError(
+                f"recipe={spec.recipe}: run {found.id} is a {found.spec().recipe}; submit a new run instead"
+            )
+        found.write_spec(spec)
+    else:
+        spec = found.spec()
+    use_cluster(spec.cluster)
+    check_submittable(spec)
+    _submit(found, spec, options, console)
+    return _wait_for([found], options, console)
+
+
+def _merged(words: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """The run's own words with the changed keys replaced."""
+    keys = {word.partition("=")[0] for word in changes}
+    return [*(word for word in words if word.partition("=")[0] not in keys), *changes]
+
+
+def _start_new(
+    spec: JobSpec, words: Sequence[str], options: argparse.Namespace, console: Console
+) -> runs.Run:
+    new = runs.create(run_root(spec.run_root), spec, words)
+    try:
+        codeversion.record_code(REPOSITORY, new.path)
+        _submit(new, spec, options, console)
+    except UserError:
+        shutil.rmtree(new.path)  # nothing was submitted: leave no empty run behind
+        raise
+    return new
+
+
+def _submit(new: runs.Run, spec: JobSpec, options: argparse.Namespace, console: Console) -> None:
+    job_id = executors.submit(new, spec)
+    if options.json:
+        print(
+            json.dumps({"run": new.id, "job_id": job_id, "recipe": spec.recipe, "directory": str(new.path)})
+        )
+        return
+    size = f"{spec.nodes} node{'s'[: spec.nodes != 1]} x {spec.tasks_per_node} rank{'s'[: spec.tasks_per_node != 1]}"
+    console.print(
+        f"run [bold]{new.id}[/]  {spec.recipe} on {spec.cluster}, {size}, job {job_id}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"directory  {new.path}", highlight=False, soft_wrap=True)
+    if not options.wait:
+        console.print(f"follow it  python -m launcher logs -f {new.id}", highlight=False)
+
+
+def _wait_for(started: Sequence[runs.Run], options: argparse.Namespace, console: Console) -> int:
+    if not options.wait:
+        return 0
+    failed = False
+    for each in started:
+        try:
+            current = progress.follow(each, console)
+        except KeyboardInterrupt:
+            console.print(
+                f"\nrun {each.id} goes on; follow it: python -m launcher logs -f {each.id}", highlight=False
+            )
+            return 130
+        progress.summary(each, current, console)
+        failed = failed or current.state != "done"
+    return int(failed)

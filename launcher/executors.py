@@ -1,0 +1,128 @@
+"""Submission through submitit's executors: Slurm, this machine in the background, this terminal. Subprocess.
+
+submitit keeps paths and job handles; what a job runs is our rendered script, or our controller, never a pickle of the
+recipe. Importing submitit costs 0.2 s, so only commands that submit import this module.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from launcher import runs, slurm
+from launcher.paths import REPOSITORY
+from launcher.render import Submission, render
+from launcher.spec import JobSpec, UserError
+
+LOCAL_GRACE_MINUTES = 2
+"""submitit's own limit lies this much behind ours, so that the controller ends the tasks and writes the ledger."""
+
+
+class RenderedSlurmJob(submitit.SlurmJob[None]):
+    """A handle whose state does not need sacct: submitit's own is UNKNOWN for ever on a cluster without accounting."""
+
+    @property
+    def state(self) -> str:
+        state = slurm.job_state(self.job_id)
+        return state.name if state is not None else "UNKNOWN"
+
+
+class RenderedSlurmExecutor(submitit.SlurmExecutor):
+    """submitit's Slurm executor, submitting a script that is already rendered."""
+
+    job_class = RenderedSlurmJob
+
+    def __init__(self, folder: Path, script: str) -> None:
+        super().__init__(folder=folder)
+        self._script = script
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self._script
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        """`sbatch` without what an enclosing job left in the environment."""
+        kept = slurm.without_outer_job(os.environ)
+        forget = [f"--unset={name}" for name in os.environ if name not in kept]
+        return ["env", *forget, "sbatch", str(submission_file_path)]
+
+    def submit_script(self) -> RenderedSlurmJob:
+        """Submit. Raises UserError with sbatch's own last line when it refuses."""
+        try:
+            job = self._submit_command("")
+        except (FailedJobError, FailedSubmissionError) as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise UserError(f"sbatch refused the job: {lines[-1] if lines else 'no message'}") from error
+        assert isinstance(job, RenderedSlurmJob)
+        return job
+
+
+def script_for(run: runs.Run, spec: JobSpec) -> str:
+    """The sbatch text of one run."""
+    submission = Submission(
+        run_dir=run.path,
+        repository=REPOSITORY,
+        python=spec.python or sys.executable,
+        log=f"{str(run.submitit_folder).replace('%', '%%')}/%j_0_log.out",
+    )
+    return render(spec, submission)
+
+
+def submit(run: runs.Run, spec: JobSpec) -> str:
+    """Hand the run to its executor and return the job's id (Slurm's number, or a process id of this machine).
+
+    `debug` returns only when the run is over.
+    """
+    if spec.executor == "slurm":
+        return _submit_to_slurm(run, spec)
+    if spec.executor == "local":
+        return _start_here(run, spec)
+    return _run_in_this_terminal(run)
+
+
+def _submit_to_slurm(run: runs.Run, spec: JobSpec) -> str:
+    if shutil.which("sbatch") is None:
+        raise UserError(f"cluster={spec.cluster}: no sbatch on PATH; use cluster=local, or log in to the cluster")
+    script = script_for(run, spec)
+    runs.write_text(run.script_file, script)
+    job = RenderedSlurmExecutor(run.submitit_folder, script).submit_script()
+    run.add_job(job.job_id, "slurm", slurm_conf=os.environ.get("SLURM_CONF", ""))
+    return str(job.job_id)
+
+
+def _start_here(run: runs.Run, spec: JobSpec) -> str:
+    executor = submitit.LocalExecutor(folder=run.submitit_folder)
+    executor.update_parameters(timeout_min=spec.time_minutes + LOCAL_GRACE_MINUTES)
+    controller = _controller_command(run)
+    job = executor.submit(_run_controller, controller, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    run.add_job(str(job.job_id), "local")
+    return str(job.job_id)
+
+
+def _run_in_this_terminal(run: runs.Run) -> str:
+    executor = submitit.DebugExecutor(folder=run.submitit_folder)
+    run.add_job(str(os.getpid()), "debug")
+    job = executor.submit(subprocess.run, _controller_command(run), check=False)
+    job.results()
+    return str(os.getpid())
+
+
+def _controller_command(run: runs.Run) -> list[str]:
+    return [sys.executable, "-P", "-m", "launcher.controller", f"--run-dir={run.path}"]
+
+
+def _run_controller(command: Sequence[str], visible_devices: str | None) -> int:
+    """Body of a local job. The controller gets a session of its own: Ctrl-C in the terminal that submitted must not
+    end the run. submitit sets CUDA_VISIBLE_DEVICES by its own count; the submitting shell's value goes back in."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    if visible_devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible_devices
+    paths = [str(REPOSITORY), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return subprocess.run(command, env=environment, start_new_session=True, check=False).returncode

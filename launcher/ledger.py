@@ -1,0 +1,80 @@
+"""The ledger: one JSON line per attempt in a run's attempts.jsonl. File system.
+
+Lines are only appended. One write of one line with O_APPEND, so that a reader never sees half of one on a local file
+system, and a torn last line (a node that died while writing) is passed over by the reader instead of hiding the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """What happened in one attempt. Times are unix seconds; `seconds` holds durations by part."""
+
+    attempt: int
+    job_id: str
+    nodes: tuple[str, ...]
+    world_size: int
+    state: str
+    """done, failed, cancelled, timeout: how the attempt ended (launcher.outcome)."""
+    reason: str
+    exit_code: int
+    started: float
+    tasks_started: float | None
+    ended: float
+    rank: int | None = None
+    """The first rank that failed, where one did."""
+    step_in: int | None = None
+    """Last optimizer step on record when the attempt began; None where no metrics were written."""
+    step_out: int | None = None
+    launch: str = "srun"
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON line and push it to the disk: the node may be gone in the next second.
+
+    After a line that was torn by such an end, a line break comes first, or the torn line would take this one with it.
+    """
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, (b"\n" if torn else b"") + line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole JSON lines of a file, [] where there is none. A last line without its end is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            continue  # still being written, or torn by a node that died
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # torn in the middle: an append after it started a new line
+    return [record for record in records if isinstance(record, dict)]
+
+
+def append(path: Path, record: AttemptRecord) -> None:
+    append_line(path, dataclasses.asdict(record))
+
+
+def attempts(path: Path) -> list[dict[str, Any]]:
+    """The ledger's records, oldest first, as plain mappings (a newer launcher may have written more keys)."""
+    return read_lines(path)
