@@ -152,7 +152,7 @@ def control(run: runs.Run, spec: JobSpec, allocation: Allocation, stop: StopRequ
         ending, exit_code = _watch(step, spec, allocation, attempt_dir, stop)
     else:
         exit_code = 1
-        ending = ending or outcome.Outcome("stopped", f"the controller received {stop.signal_name}")
+        ending = ending or outcome.Outcome("cancelled", f"the controller received {stop.signal_name}")
 
     ended = time.time()
     timings["tasks"] = round(ended - (tasks_started or ended), 3)
@@ -171,6 +171,7 @@ def _watch(
     step: Step, spec: JobSpec, allocation: Allocation, attempt_dir: Path, stop: StopRequest
 ) -> tuple[outcome.Outcome, int]:
     """Wait for the tasks; a signal or the time limit of a run without Slurm ends them."""
+    log = _OwnLog.begin() if allocation.job_id else None
     deadline = None if allocation.job_id else time.monotonic() + spec.time_minutes * 60
     late = False
     while (exit_code := step.poll()) is None:
@@ -185,7 +186,7 @@ def _watch(
         task_exits=tuple(step.task_exits()),
         errors=rank_errors(attempt_dir),
         stop_signal=stop.signal_name,
-        slurm_state=_state_of(allocation) if exit_code != 0 or stop.signal_name else "",
+        slurm_cause=_cause_of_the_end(log) if stop.signal_name else "",
         deadline_passed=late,
         last_lines=tuple(step.last_lines()),
     )
@@ -247,15 +248,27 @@ def _interpreter(spec: JobSpec) -> str:
     return spec.python or sys.executable
 
 
-def _state_of(allocation: Allocation) -> str:
-    """Slurm's word for our own job, "" without Slurm or when slurmctld does not answer: said in the log, not hidden."""
-    if not allocation.job_id:
-        return ""
-    try:
-        return slurm.job_record(allocation.job_id)["JobState"]
-    except slurm.SlurmError as error:
-        say(f"the job's state is not known: {error}")
-        return ""
+@dataclass(frozen=True)
+class _OwnLog:
+    """The batch step's log from here on: slurmstepd writes into it why it ends the job."""
+
+    path: Path
+    offset: int
+
+    @classmethod
+    def begin(cls) -> _OwnLog | None:
+        """The file behind our standard error, None where that is no file (a terminal, a pipe)."""
+        path = Path("/proc/self/fd/2").resolve()
+        return cls(path, path.stat().st_size) if path.is_file() else None
+
+    def added(self) -> str:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read().decode(errors="replace")
+
+
+def _cause_of_the_end(log: _OwnLog | None) -> str:
+    return slurm.parse_cancellation(log.added()) if log is not None else ""
 
 
 def say(message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from launcher.slurm import TaskExit
 
-State = Literal["done", "failed", "cancelled", "timeout", "stopped"]
+State = Literal["done", "failed", "cancelled", "timeout", "preempted", "requeued", "node_failure"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Ending:
     errors: tuple[RankError, ...] = ()
     stop_signal: str = ""
     """The signal that the controller itself received, e.g. SIGTERM; empty for none."""
-    slurm_state: str = ""
-    """Slurm's word for the job while the controller was still alive to ask (CANCELLED, TIMEOUT, …)."""
+    slurm_cause: str = ""
+    """Why Slurm ended the job (launcher.slurm.parse_cancellation); empty where it did not, or there is none."""
     deadline_passed: bool = False
     last_lines: tuple[str, ...] = ()
     """The end of the step's own output: what srun said."""
@@ -52,16 +52,25 @@ class Outcome:
     """The first rank that failed, where one did."""
 
 
+_BY_SLURM = {
+    "CANCELLED": Outcome("cancelled", "the job was cancelled"),
+    "TIMEOUT": Outcome("timeout", "the time limit was reached"),
+    "PREEMPTED": Outcome("preempted", "a job of higher priority took the nodes"),
+    "REQUEUED": Outcome("requeued", "the job was put back into the queue"),
+    "NODE_FAIL": Outcome("node_failure", "a node of the job failed"),
+}
+
+
 def classify(ending: Ending) -> Outcome:
     """The state and the one-line reason of an attempt."""
-    if ending.slurm_state == "CANCELLED":
-        return Outcome("cancelled", "the job was cancelled")
-    if ending.slurm_state == "TIMEOUT" or ending.deadline_passed:
-        return Outcome("timeout", "the time limit was reached")
     if ending.exit_code == 0:
         return Outcome("done", "all ranks finished")
+    if ending.slurm_cause:
+        return _BY_SLURM[ending.slurm_cause]
+    if ending.deadline_passed:
+        return _BY_SLURM["TIMEOUT"]
     if ending.stop_signal:
-        return Outcome("stopped", f"the controller received {ending.stop_signal}")
+        return Outcome("cancelled", f"the controller received {ending.stop_signal}")
     first = first_error(ending.errors)
     killed = next((task for task in ending.task_exits if task.signal and task.signal != "Terminated"), None)
     if killed is not None:

@@ -65,7 +65,7 @@ def _follow_live(run: runs.Run, console: Console) -> status.RunStatus:
 def _follow_plain(run: runs.Run, console: Console) -> status.RunStatus:
     said, last = "", 0.0
     for current, metrics in _watch(run):
-        text = f"step {metrics['step']}/{metrics['steps']}  {describe(metrics)}" if metrics else current.reason
+        text = describe(metrics) if metrics else current.reason
         due = time.monotonic() - last > PLAIN_EVERY_SECONDS or current.is_over
         if text != said and (due or not metrics):
             console.print(f"{current.state}: {text}" if not metrics else text, highlight=False)
@@ -82,7 +82,8 @@ def _watch(run: runs.Run) -> Iterator[tuple[status.RunStatus, dict[str, Any]]]:
         for line in tail.new_lines():
             if line.get("time", 0.0) >= began:
                 newest = line
-        ended = run.state().get("state") in status.ENDS and run.state().get("updated", 0.0) >= began
+        record = run.state()
+        ended = record.get("state") in status.ENDS and record.get("updated", 0.0) >= began
         if ended or time.monotonic() - asked > SLURM_EVERY_SECONDS:
             try:
                 current = status.status_of(run)

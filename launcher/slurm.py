@@ -13,6 +13,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from launcher.spec import UserError
+
 COMMAND_TIMEOUT_SECONDS = 60.0
 """A slurmctld that is down makes a command fail after about 9 s; a hung one must not hang us for ever."""
 
@@ -21,7 +23,7 @@ TERMINAL_STATES = frozenset(
 )
 
 
-class SlurmError(Exception):
+class SlurmError(UserError):
     """A Slurm command failed: the command, its status and the last line that it printed."""
 
 
@@ -89,7 +91,7 @@ def _expand_group(group: str) -> list[str]:
     match = re.search(r"\[([^]]*)\]", group)
     if match is None:
         return [group]
-    names = []
+    names: list[str] = []
     for part in match[1].split(","):
         low, dash, high = part.partition("-")
         if not low.isdigit() or (dash and not high.isdigit()):
@@ -116,6 +118,22 @@ def parse_task_exits(srun_stderr: str) -> list[TaskExit]:
             tasks = tuple(int(task) for task in expand_hostlist(f"[{match['tasks']}]"))
             exits.append(TaskExit(match["node"], tasks, code, match["signal"] or ""))
     return exits
+
+
+_CANCELLATION = re.compile(r"\*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO (?P<cause>[A-Z ]+?))?(?:,[^*]*)? \*\*\*")
+_CAUSES = {"TIME LIMIT": "TIMEOUT", "PREEMPTION": "PREEMPTED", "JOB REQUEUE": "REQUEUED", "NODE FAILURE": "NODE_FAIL"}
+
+
+def parse_cancellation(batch_log: str) -> str:
+    """Why Slurm ended the job, as a state name, from the line that slurmstepd writes into the batch step's log before
+    it signals: CANCELLED, TIMEOUT, PREEMPTED, REQUEUED, NODE_FAIL; "" where there is no such line.
+
+    scontrol cannot say it then: until the last process is gone the state reads COMPLETING, whatever the cause.
+    """
+    causes = [match["cause"] for match in _CANCELLATION.finditer(batch_log)]
+    if not causes:
+        return ""
+    return "CANCELLED" if causes[-1] is None else _CAUSES.get(causes[-1], "CANCELLED")
 
 
 def parse_job_id(sbatch_stdout: str) -> str:
@@ -187,10 +205,19 @@ def for_steps(environment: Mapping[str, str]) -> dict[str, str]:
 
 def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> str:
     """Run a Slurm command and return what it printed. Raises SlurmError with its last line when it fails."""
-    env = {**(os.environ if environment is None else environment), "SLURM_TIME_FORMAT": "standard", "LC_ALL": "C"}
+    env = {
+        **(os.environ if environment is None else environment),
+        "SLURM_TIME_FORMAT": "standard",
+        "LC_ALL": "C",
+    }
     try:
         done = subprocess.run(
-            list(command), capture_output=True, text=True, errors="replace", timeout=COMMAND_TIMEOUT_SECONDS, env=env
+            list(command),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=COMMAND_TIMEOUT_SECONDS,
+            env=env,
         )
     except FileNotFoundError as error:
         raise SlurmError(f"{command[0]}: not found on PATH") from error

@@ -16,12 +16,15 @@ from typing import Any
 from launcher import runs, slurm
 from launcher.outcome import RankError, first_error
 
-ENDS = frozenset({"done", "failed", "cancelled", "timeout", "stopped", "lost"})
+ENDS = frozenset({"done", "failed", "cancelled", "timeout", "preempted", "requeued", "node_failure", "lost"})
+SLURM_MAY_GO_ON = frozenset({"preempted", "requeued", "node_failure"})
+"""Ends of an attempt after which Slurm usually starts the job again: only Slurm knows whether it will."""
+
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What `status` shows. `state` is pending, starting, running, unsubmitted or one of ENDS."""
+    """What `status` shows. `state` is pending, starting, running, unsubmitted, unknown or one of ENDS."""
 
     run: str
     recipe: str
@@ -71,9 +74,14 @@ def _state(record: Mapping[str, Any], job: Mapping[str, Any]) -> tuple[str, str]
     job_id = str(job["job_id"])
     if job["executor"] != "slurm":
         return _state_here(record, job)
-    if record.get("job_id") == job_id and record["state"] in ENDS:
+    ended = record.get("job_id") == job_id and record["state"] in ENDS
+    if ended and record["state"] not in SLURM_MAY_GO_ON:
         return record["state"], record["reason"]
     state = slurm.job_state(job_id)
+    if ended and (state is None or state.is_over):
+        return record["state"], record["reason"]
+    if ended and state is not None:
+        return "pending", f"{record['reason']}; job {job_id} is {state.name}"
     if state is None:
         return "lost", f"Slurm no longer knows job {job_id}, and it left no ledger line; see the batch log"
     if not state.is_over and record.get("job_id") == job_id and state.name == "RUNNING":

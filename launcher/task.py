@@ -88,7 +88,7 @@ def _meet(options: argparse.Namespace, rank: rendezvous.Rank) -> Any:
 
 
 def _listen(address: str) -> tuple[Any, int]:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but torch lists it nowhere
 
     store = TCPStore(
         address,

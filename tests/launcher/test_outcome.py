@@ -18,7 +18,10 @@ def test_the_first_error_by_time_is_the_cause() -> None:
     ending = Ending(
         exit_code=1,
         task_exits=(TaskExit("n1", (0, 1), 1, ""),),
-        errors=(error(0, 20.0, "RuntimeError", "Connection closed by peer"), error(3, 10.0, message="bad shape\nmore")),
+        errors=(
+            error(0, 20.0, "RuntimeError", "Connection closed by peer"),
+            error(3, 10.0, message="bad shape\nmore"),
+        ),
     )
     assert classify(ending) == Outcome("failed", "rank 3 on n2: ValueError: bad shape", 3)
 
@@ -46,15 +49,21 @@ def test_an_exit_without_exception_gives_its_code() -> None:
     assert classify(ending) == Outcome("failed", "rank 3 on n2: exit code 7", 3)
 
 
-def test_what_slurm_says_of_the_job_wins() -> None:
-    ending = Ending(exit_code=143, stop_signal="SIGTERM", slurm_state="CANCELLED", errors=(error(0, 1.0),))
-    assert classify(ending).state == "cancelled"
-    assert classify(Ending(exit_code=143, slurm_state="TIMEOUT")).state == "timeout"
+def test_what_slurm_says_of_the_job_wins_over_its_echoes() -> None:
+    cancelled = Ending(exit_code=143, stop_signal="SIGTERM", slurm_cause="CANCELLED", errors=(error(0, 1.0),))
+    assert classify(cancelled).state == "cancelled"
+    for cause, state in [("TIMEOUT", "timeout"), ("PREEMPTED", "preempted"), ("REQUEUED", "requeued")]:
+        assert classify(Ending(exit_code=143, stop_signal="SIGTERM", slurm_cause=cause)).state == state
     assert classify(Ending(exit_code=143, deadline_passed=True)).state == "timeout"
 
 
+def test_a_run_that_finished_is_done_even_when_the_job_is_cancelled_a_moment_later() -> None:
+    assert classify(Ending(exit_code=0, stop_signal="SIGTERM", slurm_cause="CANCELLED")).state == "done"
+
+
 def test_a_signal_to_the_controller_is_no_failure_of_the_recipe() -> None:
-    assert classify(Ending(exit_code=143, stop_signal="SIGTERM")).state == "stopped"
+    ending = Ending(exit_code=143, stop_signal="SIGTERM", task_exits=(TaskExit("localhost", (0,), None, "Terminated"),))
+    assert classify(ending) == Outcome("cancelled", "the controller received SIGTERM")
 
 
 def test_without_any_record_the_last_line_of_srun_is_the_reason() -> None:

@@ -28,7 +28,9 @@ def spec(**changes: object) -> JobSpec:
 def submission(tmp: str = "/scratch/a b/it's 100%") -> Submission:
     folder = Path(tmp)
     log = f"{tmp.replace('%', '%%')}/submitit/%j_0_log.out"
-    return Submission(run_dir=folder, repository=Path("/home/ü/re po"), python="/home/ü/re po/bin/python", log=log)
+    return Submission(
+        run_dir=folder, repository=Path("/home/ü/re po"), python="/home/ü/re po/bin/python", log=log
+    )
 
 
 def test_sizes_are_always_stated_so_that_none_leaks_in_from_an_outer_job() -> None:
@@ -38,7 +40,9 @@ def test_sizes_are_always_stated_so_that_none_leaks_in_from_an_outer_job() -> No
 
 
 def test_every_flag_is_one_word_with_an_equals_sign() -> None:
-    for flag in sbatch_flags(spec(partition="a b", sbatch={"exclusive": "", "comment": "it's"}), submission()):
+    for flag in sbatch_flags(
+        spec(partition="a b", sbatch={"exclusive": "", "comment": "it's"}), submission()
+    ):
         assert re.fullmatch(r"--[a-z-]+(=.+)?", flag), flag
 
 
@@ -46,7 +50,9 @@ def test_no_gpu_flag_where_no_gpu_is_asked_for() -> None:
     assert not [flag for flag in sbatch_flags(spec(gpus_per_node=0), None) if "gpu" in flag]
 
 
-@pytest.mark.parametrize(("minutes", "text"), [(1, "00:01:00"), (90, "01:30:00"), (3 * 1440 + 61, "3-01:01:00")])
+@pytest.mark.parametrize(
+    ("minutes", "text"), [(1, "00:01:00"), (90, "01:30:00"), (3 * 1440 + 61, "3-01:01:00")]
+)
 def test_time_limits_are_written_as_slurm_reads_them(minutes: int, text: str) -> None:
     assert slurm_time(minutes) == text
 
@@ -89,7 +95,9 @@ def test_shellcheck_has_nothing_to_say(recipe: str, cluster: str, launch: str, t
     for index, text in enumerate(texts):
         path = tmp_path / f"{index}.sbatch"
         path.write_text(text)
-        done = subprocess.run([shellcheck, "--severity=style", str(path)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [shellcheck, "--severity=style", str(path)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout
 
 
@@ -99,7 +107,7 @@ def test_odd_paths_arrive_unchanged_in_the_shell(tmp_path: Path) -> None:
     (repository / "launcher").mkdir(parents=True)
     (repository / "launcher" / "__init__.py").touch()
     (repository / "launcher" / "controller.py").write_text("import sys; print(sys.argv[1:])")
-    run_dir = tmp_path / "run $HOME `id` \"q\""
+    run_dir = tmp_path / 'run $HOME `id` "q"'
     text = render(spec(), Submission(run_dir, repository, "python3", "x"))
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str([f"--run-dir={run_dir}"])

@@ -8,6 +8,7 @@ from launcher.slurm import (
     TaskExit,
     expand_hostlist,
     for_steps,
+    parse_cancellation,
     parse_job_id,
     parse_key_values,
     parse_task_exits,
@@ -60,6 +61,26 @@ def test_task_ends_are_read_from_srun() -> None:
         TaskExit("n1", (0,), None, "Killed"),
         TaskExit("n1", (1,), None, "Segmentation fault (core dumped)"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("slurmstepd-n1: error: *** JOB 8 ON n1 CANCELLED AT 2026-11-21T08:32:52 ***", "CANCELLED"),
+        ("slurmstepd-n1: error: *** JOB 9 ON n1 CANCELLED AT 2026-11-21T08:34:42 DUE TO TIME LIMIT ***", "TIMEOUT"),
+        ("slurmstepd-n1: error: *** JOB 10 ON n1 CANCELLED AT 2026-11-21T08:33:37 DUE TO JOB REQUEUE ***", "REQUEUED"),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-21T08:33:37 DUE TO PREEMPTION ***", "PREEMPTED"),
+        (
+            "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-21T08:33:37 DUE TO NODE FAILURE, "
+            "SEE SLURMCTLD LOG FOR DETAILS ***",
+            "NODE_FAIL",
+        ),
+        ("slurmstepd: error: *** STEP 7.1 ON n1 CANCELLED AT 2026-11-21T08:33:37 ***", ""),
+        ("", ""),
+    ],
+)
+def test_why_slurm_ended_a_job_is_read_from_the_batch_log(line: str, cause: str) -> None:
+    assert parse_cancellation(f"before\n{line}\nafter\n") == cause
 
 
 def test_the_job_id_is_read_and_its_absence_is_an_error() -> None:

@@ -22,12 +22,20 @@ def launch(spec: JobSpec | None = None, *, tmp: Path = Path("/runs/a b 100%"), *
     spec = spec or compose(["recipe=ch4_fsdp", "cluster=slurm", "cpus_per_task=12"])
     spec = dataclasses.replace(fit(spec, ALLOCATION), **changes)  # type: ignore[arg-type]
     environment = {"RUN_DIR": str(tmp), "NCCL_SOCKET_IFNAME": "eth0"}
-    return Launch(spec, ALLOCATION, Path("/re po"), tmp, tmp / "attempt-01", "10.0.0.1", "/venv/bin/python", environment)
+    return Launch(
+        spec, ALLOCATION, Path("/re po"), tmp, tmp / "attempt-01", "10.0.0.1", "/venv/bin/python", environment
+    )
 
 
 def test_one_task_per_rank_with_every_size_on_the_command_line() -> None:
     command = srun_command(launch())
-    for flag in ("--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12", "--kill-on-bad-exit=1"):
+    for flag in (
+        "--nodes=2",
+        "--ntasks=16",
+        "--ntasks-per-node=8",
+        "--cpus-per-task=12",
+        "--kill-on-bad-exit=1",
+    ):
         assert flag in command
     assert "--output=/runs/a b 100%%/attempt-01/rank-%t.log" in command
     start = command.index("/venv/bin/python")
@@ -98,7 +106,9 @@ def local(tmp_path: Path, code: str, tasks: int = 2) -> LocalStep:
     """A step whose tasks run `code` in place of the task wrapper."""
     (tmp_path / "launcher").mkdir()
     (tmp_path / "launcher" / "__init__.py").touch()
-    (tmp_path / "launcher" / "task.py").write_text("import os, signal, sys, time\nrank = int(os.environ['SUBMITIT_LOCAL_GLOBALID'])\n" + code)
+    (tmp_path / "launcher" / "task.py").write_text(
+        "import os, signal, sys, time\nrank = int(os.environ['SUBMITIT_LOCAL_GLOBALID'])\n" + code
+    )
     attempt = tmp_path / "attempt-01"
     attempt.mkdir()
     spec = compose(["recipe=ch4_fsdp", "cluster=local", f"tasks_per_node={tasks}"])
@@ -142,6 +152,9 @@ def test_terminate_reaches_the_tasks_children(tmp_path: Path) -> None:
     step.terminate()
     assert wait(step) == 143
     end = time.monotonic() + 5
-    while Path(f"/proc/{marker.read_text()}/cmdline").exists() and Path(f"/proc/{marker.read_text()}/cmdline").read_text():
+    while (
+        Path(f"/proc/{marker.read_text()}/cmdline").exists()
+        and Path(f"/proc/{marker.read_text()}/cmdline").read_text()
+    ):
         assert time.monotonic() < end, "the child outlived the step"
         time.sleep(0.05)
