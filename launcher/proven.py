@@ -241,6 +241,8 @@ def main(words: Sequence[str] | None = None, data: Path = DATA, target: Path = P
         return 2
     data.write_text(to_json(proven))
     target.write_text(page(proven, recipes))
+    if arguments.change is not _unchanged:
+        return 0
     for pair in unanswered(proven, recipes):
         print(f"neither a run nor a reason: {pair}", file=sys.stderr)
     return 1 if unanswered(proven, recipes) else 0
@@ -257,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
 
     record = command("record", _record, "note that a recipe has run")
     reason = command("reason", _excuse, "note why a recipe has not run")
-    command("write", lambda proven, *_: proven, "write PROVEN.md again")
+    command("write", _unchanged, "write PROVEN.md again; fails where a recipe has neither a run nor a reason")
     for each in (record, reason):
         each.add_argument("--recipe", required=True)
         each.add_argument("--place", required=True, choices=list(PLACES))
@@ -270,6 +272,10 @@ def _parser() -> argparse.ArgumentParser:
     record.add_argument("--commit", help="default: this tree's")
     record.add_argument("--date", default=datetime.datetime.now(datetime.UTC).date().isoformat())
     return parser
+
+
+def _unchanged(proven: Proven, arguments: Any, recipes: Sequence[str]) -> Proven:
+    return proven
 
 
 def _record(proven: Proven, arguments: Any, recipes: Sequence[str]) -> Proven:

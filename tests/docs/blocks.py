@@ -1,7 +1,7 @@
 """The command blocks of a Markdown file: where they are and what is wrong with them. Pure, but for `bash -n`.
 
-A block is fenced with ```bash and is run, command by command. One that a test cannot run is preceded by a line
-`<!-- not run here: REASON -->`, and must hold a command that needs what a test does not have (`NEEDS_MORE`).
+A block is fenced with ```bash and is run, command by command. One that a test cannot run has a line
+`<!-- not run here: REASON -->` before it, and a command that needs what a test lacks: `NEEDS_MORE`.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Sandbox:
 
 
 def make_sandbox(repository: Path, folder: Path, home: Path) -> Sandbox:
-    """Copy a working tree (tracked files and new ones, nothing ignored) into `folder`, under a name with spaces.
+    """Copy a working tree (tracked and new files, nothing ignored) into `folder`, under a name with spaces.
 
     `home` is the reader's home, and holds what runs keep in the user's cache; several sandboxes may share it.
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.box.paths import packages_root
 from launcher.recipes import recipe_files
 from tests.docs.blocks import Block, Command, blocks, commands, problems
 from tests.docs.sandbox import Sandbox, files_of, make_sandbox
@@ -30,20 +31,36 @@ pytestmark = pytest.mark.xdist_group("docs")
 
 @pytest.fixture(scope="session")
 def sandbox_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Sandbox]]:
-    """One copy of the tree per document; one home, and in it one box, for all of them."""
+    """One copy of the tree per document; one home, and in it one box, for all of them.
+
+    A document that starts the box itself finds none; the others find it up, as a reader would.
+    """
     home = tmp_path_factory.mktemp("home")
+    # Slurm's packages are downloaded once for a machine, not once for a test.
+    (home / "cache").mkdir()
+    packages_root().mkdir(parents=True, exist_ok=True)
+    (home / "cache" / "slurm").symlink_to(packages_root())
     made: dict[str, Sandbox] = {}
 
     def get(document: str) -> Sandbox:
         if document not in made:
             made[document] = make_sandbox(ROOT, tmp_path_factory.mktemp("docs"), home)
+            text = "\n".join(block.text for block in RUN_HERE if block.file == document)
+            if re.search(r"\bbox up\b|\bdemo\b", text):
+                must_run(made[document], "python -m launcher box down")
+            elif re.search(r"\bcluster=box\b|\bbox (shell|status)\b", text):
+                must_run(made[document], "python -m launcher box up")
         return made[document]
 
     yield get
-    if made:
-        box_down = [Command(0, "python -m launcher box down")]
-        failure = next(iter(made.values())).run(box_down, seconds_each=60)
-        assert failure is None, str(failure)
+    for sandbox in list(made.values())[:1]:
+        must_run(sandbox, "python -m launcher box down --all")
+
+
+def must_run(sandbox: Sandbox, line: str) -> None:
+    """Run what the documents take for granted."""
+    failure = sandbox.run([Command(0, line)], SECONDS_EACH)
+    assert failure is None, str(failure)
 
 
 @pytest.mark.timeout(900)

@@ -185,9 +185,11 @@ def test_a_pair_with_neither_run_nor_reason_fails_the_command(
 
     for place in ("torchrun", "local", "box"):
         shared = ("--recipe", "ch4_fsdp", "--place", place)
-        assert command("record", *shared, "--command", "c", "--result", "r", "--commit", "0123456789") == 1
+        assert command("record", *shared, "--command", "c", "--result", "r", "--commit", "0123456789") == 0
+    assert command("write") == 1
     assert "neither a run nor a reason: ch4_fsdp in gpu" in capsys.readouterr().err
     assert command("reason", "--recipe", "ch4_fsdp", "--place", "gpu", "--reason", "none here") == 0
+    assert command("write") == 0
     assert len(json.loads(data.read_text())["runs"]) == 3
     assert proven.load(data).options[0].proven, "a run with cluster=local is one of the local executor"
     assert "none here" in target.read_text()
