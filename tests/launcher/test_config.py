@@ -61,7 +61,7 @@ def test_every_key_of_a_job_can_be_typed(checkout: SampleCheckout) -> None:
         "time=1-02:00:00 memory=64G partition=a,b account=team qos=high exclude=n[1,3],n7 "
         "sbatch.exclusive= sbatch.gres=x:1,y:2 "
         "launch=torchrun preflight=off container.kind=pyxis container.image=team/image:1 "
-        "container.mounts=/a:/a,/b:/b container.python=/opt/python activate='module load cuda' "
+        "container.mounts=/a:/a,/b:/b container.python=/usr/bin/python3 activate='module load cuda' "
         "python=/shared/python fabric=tcp env.HCA=mlx5_0,mlx5_1 run_root=/shared/runs args.schedules=a,b"
     )
     spec = checkout.compose(*words)
@@ -71,7 +71,7 @@ def test_every_key_of_a_job_can_be_typed(checkout: SampleCheckout) -> None:
     assert spec.exclude == ("n[1,3]", "n7")
     assert spec.sbatch == {"exclusive": "", "gres": "x:1,y:2"}
     assert (spec.launch, spec.preflight, spec.fabric) == ("torchrun", "off", "tcp")
-    assert spec.container == Container("pyxis", "team/image:1", ("/a:/a", "/b:/b"), "/opt/python")
+    assert spec.container == Container("pyxis", "team/image:1", ("/a:/a", "/b:/b"), "/usr/bin/python3")
     assert (spec.activate, spec.python) == (("module load cuda",), "/shared/python")
     assert spec.environment["HCA"] == "mlx5_0,mlx5_1"
     assert spec.run_root == "/shared/runs"

@@ -35,7 +35,7 @@ def as_ordinary_user(code: str, user: int = NOBODY, **environment: str) -> str:
     drop = f"import os\nif os.geteuid() == 0: os.setgid({user}); os.setuid({user})\n"
     start = f"import sys\nsys.path[:] = {[str(REPOSITORY), *sys.path]!r}\n"
     finished = subprocess.run(
-        # The modules are read as root where this is root: a checkout below /root is closed to others.
+        # The modules are read as root where this is root: the checkout may be closed to others.
         [sys.executable, "-c", f"{start}import launcher.submittable, launcher.paths\n{drop}{code}"],
         env=environment,
         capture_output=True,
