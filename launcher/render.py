@@ -8,6 +8,7 @@ Python ends FAILED instead of being requeued.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +26,12 @@ class Submission:
     """The batch step's own output, with Slurm's patterns (%j)."""
 
 
-def render(spec: JobSpec, submission: Submission | None = None) -> str:
+def render(spec: JobSpec, submission: Submission | None = None, *, words: Sequence[str] = ()) -> str:
     """The whole sbatch file, ending in a newline.
 
-    Without a submission the file is one for jobs/: it holds no path and takes further overrides as arguments.
+    Without a submission the file is one for jobs/: it holds no path and takes further overrides as arguments. `words`
+    are the overrides that `spec` was composed with; those that the headers do not say are repeated in the file, where
+    the spec is composed again.
     """
     sections = [
         "#!/bin/bash",
@@ -39,7 +42,7 @@ def render(spec: JobSpec, submission: Submission | None = None) -> str:
         'export LAUNCHER_BATCH_STARTED="$EPOCHREALTIME"',
         _find_repository(spec, submission),
         _find_python(spec, submission),
-        _stay_alive_around(_controller_command(spec, submission)),
+        _stay_alive_around(_controller_command(spec, submission, words)),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -128,11 +131,24 @@ fi
 export PYTHONPATH="$repository${{PYTHONPATH:+:$PYTHONPATH}}" """.rstrip()
 
 
-def _controller_command(spec: JobSpec, submission: Submission | None) -> str:
+def _controller_command(spec: JobSpec, submission: Submission | None, words: Sequence[str]) -> str:
     """-P keeps the working folder off the module path: a folder `launcher/` of the reader's would be taken for ours."""
     if submission is not None:
         return f'"$python" -P -m launcher.controller --run-dir={shlex.quote(str(submission.run_dir))}'
-    return f'"$python" -P -m launcher.controller recipe={spec.recipe} cluster={spec.cluster} "$@"'
+    fixed = [f"recipe={spec.recipe}", f"cluster={spec.cluster}", *(word for word in words if not _is_header(word))]
+    return f'"$python" -P -m launcher.controller {shlex.join(fixed)} "$@"'
+
+
+def _is_header(word: str) -> bool:
+    """Whether a header says it already, so that `sbatch --nodes=8` may still change it."""
+    key = word.partition("=")[0]
+    return key in _HEADER_KEYS or key.startswith("sbatch.")
+
+
+_HEADER_KEYS = frozenset(
+    ["recipe", "cluster", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "time", "memory", "partition"]
+    + ["account", "qos", "exclude"]
+)
 
 
 def _stay_alive_around(command: str) -> str:

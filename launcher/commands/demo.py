@@ -9,8 +9,8 @@ import argparse
 from rich.console import Console
 
 from launcher import box, runs
-from launcher.cluster_commands import box_name
 from launcher.commands import submit
+from launcher.machine import box_name
 from launcher.paths import run_root
 
 RECIPE = "ch4_fsdp"

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     if options.write and not options.all:
         raise UserError("--write goes with --all: one file alone would leave jobs/ and the recipes apart")
     if not options.all:
-        print(render(compose(options.words)), end="")
+        print(render(compose(options.words), words=options.words), end="")
         return 0
     if options.words:
         raise UserError(f"{options.words[0]}: --all renders every recipe as it is, without overrides")

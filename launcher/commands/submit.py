@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         console.print(f"[yellow]warning[/]: {warning}", highlight=False, soft_wrap=True)
     if options.dry_run:
         for spec in specs:
-            print(render(spec), end="")
+            print(render(spec, words=options.words), end="")
         return 0
     started = [_start_new(spec, options.words, options, console) for spec in specs]
     return _wait_for(started, options, console)
