@@ -1,0 +1,99 @@
+"""The named model sizes, as plain numbers: the launcher reads them before submission, so no torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's stretching of the rotary frequencies (Hugging Face calls it `rope_type: llama3`)."""
+
+    factor: float
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_context: int = 8192
+    """Positions that the model saw before its context was stretched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """The shape of a Llama-type decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    ffn_width: int
+    vocab_size: int
+    """Rows of the embedding; 0 follows the tokenizer (only for sizes that nobody publishes weights of)."""
+    rope_theta: float
+    tied: bool
+    """Whether the output projection is the embedding itself."""
+    norm_epsilon: float = 1e-5
+    rope_scaling: RopeScaling | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+
+SIZES: dict[str, ModelSize] = {
+    # Heads of 32: the smallest that the serving engines of the later chapters accept (16 stops vLLM on CPU).
+    "tiny": ModelSize(
+        layers=4, width=128, heads=4, kv_heads=2, ffn_width=384, vocab_size=0, rope_theta=10_000.0, tied=True
+    ),
+    "small": ModelSize(
+        layers=8,
+        width=384,
+        heads=6,
+        kv_heads=2,
+        ffn_width=1024,
+        vocab_size=0,
+        rope_theta=10_000.0,
+        tied=False,
+    ),
+    "smollm2_135m": ModelSize(
+        layers=30,
+        width=576,
+        heads=9,
+        kv_heads=3,
+        ffn_width=1536,
+        vocab_size=49_152,
+        rope_theta=100_000.0,
+        tied=True,
+    ),
+    "llama_1b": ModelSize(
+        layers=16,
+        width=2048,
+        heads=32,
+        kv_heads=8,
+        ffn_width=8192,
+        vocab_size=128_256,
+        rope_theta=500_000.0,
+        tied=True,
+        rope_scaling=RopeScaling(factor=32.0),
+    ),
+    "llama_8b": ModelSize(
+        layers=32,
+        width=4096,
+        heads=32,
+        kv_heads=8,
+        ffn_width=14_336,
+        vocab_size=128_256,
+        rope_theta=500_000.0,
+        tied=False,
+    ),
+    "llama_70b": ModelSize(
+        layers=80,
+        width=8192,
+        heads=64,
+        kv_heads=8,
+        ffn_width=28_672,
+        vocab_size=128_256,
+        rope_theta=500_000.0,
+        tied=False,
+    ),
+}
+"""By name: `llama_1b` is Llama-3.2-1B, `llama_8b` and `llama_70b` are Llama 3 (not 3.1: no RoPE scaling)."""
