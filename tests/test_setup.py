@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -213,6 +214,13 @@ def test_a_python_without_venv_names_the_package_to_install(
     assert machine.setup() == 1
     package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
     assert f"sudo apt-get install {package}" in capsys.readouterr().err
+
+
+def test_make_alone_lists_every_target_with_what_it_does() -> None:
+    phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    listed = subprocess.check_output(["make", "--silent", "-C", str(ROOT)], text=True).splitlines()
+    assert sorted(line.split()[1] for line in listed if len(line.split()) > 2) == sorted(phony[1].split())
 
 
 def locked() -> dict[str, str]:
