@@ -118,10 +118,18 @@ def test_a_mistake_is_one_line_and_status_2(
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     command = (
-        f"{shlex.quote(sys.executable)} -m launcher show recipe=ch4_fsdp | head -n 0; exit ${{PIPESTATUS[0]}}"
+        f"{shlex.quote(sys.executable)} -m launcher show recipe=ch4_fsdp | true; exit ${{PIPESTATUS[0]}}"
     )
+    # Buffered, as in a person's shell: the write then fails at the end, not in print.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     finished = subprocess.run(
-        ["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", command],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert (finished.returncode, finished.stderr) == (0, "")
 

@@ -182,7 +182,7 @@ def test_every_value_that_is_no_default_has_an_origin(checkout: SampleCheckout) 
         ("stpes=3", "unknown key 'stpes': did you mean args.steps?"),
         ("steps=3", "unknown key 'steps': did you mean args.steps?"),
         ("node=3", "unknown key 'node': did you mean nodes?"),
-        ("Tasks-Per-Node=3", "unknown key 'Tasks-Per-Node': did you mean tasks_per_node?"),
+        ("NODES=3", "unknown key 'NODES': did you mean nodes?"),
         ("container.img=x", "unknown key 'container.img': did you mean container.image?"),
         ("env=1", "env=1: a name is wanted after 'env', such as env.NCCL_DEBUG=INFO"),
         ("nodes=two", "nodes=two: a whole number is wanted"),

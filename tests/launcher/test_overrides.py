@@ -76,7 +76,9 @@ def test_of_a_key_given_twice_the_last_one_counts() -> None:
     ]
 
 
-@pytest.mark.parametrize("value", ["plain", "a, b", "'a', b", '"a", b', "x[1,2]", '"quoted"', "it's, ok", ""])
+@pytest.mark.parametrize(
+    "value", ["plain", "a, b", "'a', b", '"a", b', "x[1,2]", '"quoted"', "it's, ok", "", 'it\'s "x", b']
+)
 def test_a_value_written_as_a_word_is_read_back_as_the_same_value(value: str) -> None:
     word = as_word(Override("args.note", value), every_key_sweeps)
     assert expand(parse_words([word]), every_key_sweeps) == [[Override("args.note", value)]]

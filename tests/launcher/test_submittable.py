@@ -6,6 +6,8 @@ import dataclasses
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,22 +85,26 @@ def test_a_file_in_place_of_the_run_root_is_named(checkout: SampleCheckout, tmp_
     assert mistake(checkout, "run_root=file/runs", cwd=tmp_path) == expected
 
 
-def test_a_run_root_that_others_own_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o555)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(parent.stat().st_mode | 0o055)
+@pytest.fixture
+def closed_folder() -> Iterator[Path]:
+    """A folder that everybody can enter and only root can write in; pytest's own are closed to other users."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        yield folder
+
+
+def test_a_run_root_that_others_own_is_refused(closed_folder: Path) -> None:
     code = f"""
 from pathlib import Path
 from launcher.spec import UserError
 try:
-    launcher.submittable.check_run_root(Path({str(tmp_path / "runs")!r}))
+    launcher.submittable.check_run_root(Path({str(closed_folder / "runs")!r}))
 except UserError as error:
     print(error)
 """
-    expected = (
-        f"run_root={tmp_path}/runs: you may not write in {tmp_path}; name another folder with run_root="
-    )
-    assert as_ordinary_user(code) == expected
+    expected = f"you may not write in {closed_folder}; name another folder with run_root="
+    assert as_ordinary_user(code) == f"run_root={closed_folder}/runs: {expected}"
 
 
 # --- the rule for run directories and caches
@@ -112,11 +118,9 @@ def test_the_run_root_is_the_named_one_then_the_variable_then_the_checkout(tmp_p
     assert run_root(repository=tmp_path, environment={}) == tmp_path / "runs"
 
 
-def test_a_checkout_of_others_leaves_runs_in_the_state_folder(tmp_path: Path) -> None:
-    code = f"from pathlib import Path; print(launcher.paths.run_root(repository=Path({str(tmp_path)!r})))"
-    tmp_path.chmod(0o755)
-    if os.geteuid() != 0:
-        tmp_path.chmod(0o555)
+def test_a_checkout_of_others_leaves_runs_in_the_state_folder(closed_folder: Path) -> None:
+    repository = f"repository=Path({str(closed_folder)!r})"
+    code = f"from pathlib import Path; print(launcher.paths.run_root({repository}))"
     state = "/home/reader/.local/state"
     assert as_ordinary_user(code, XDG_STATE_HOME=state) == f"{state}/distributed-recipes/runs"
 
