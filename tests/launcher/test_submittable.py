@@ -87,7 +87,7 @@ def test_a_file_in_place_of_the_run_root_is_named(checkout: SampleCheckout, tmp_
 
 @pytest.fixture
 def closed_folder() -> Iterator[Path]:
-    """A folder that everybody can enter and only root can write in; pytest's own are closed to other users."""
+    """A folder that anybody may enter and only root may write in; pytest's own are closed to other users."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o555)
