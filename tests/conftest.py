@@ -20,8 +20,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not hasattr(session.config, "workerinput"):
-        boxes.down(os.environ[_NAME_VARIABLE])
+    name = os.environ[_NAME_VARIABLE]
+    if not hasattr(session.config, "workerinput") and boxes.recorded_shape(name):
+        boxes.down(name)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ __all__ = [
     "down",
     "environment",
     "find",
+    "names",
     "recorded_shape",
     "status",
     "up",

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     shell = actions.add_parser("shell", help="a shell, or one command, with the box's sbatch, srun, …")
     _add_name(shell)
-    shell.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="default: your shell")
+    shell.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="after -- (default: your shell)"
+    )
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -113,7 +115,7 @@ def _describe(box: Status) -> str:
     if box.state == "down":
         return f"{box.name}: down"
     if box.state == "broken":
-        return f"{box.name}: does not answer; `box down --name {box.name}` clears it away"
+        return f"{box.name}: does not answer; python -m launcher box down --name {box.name}"
     by_state: dict[str, int] = {}
     for state in box.nodes.values():
         by_state[state] = by_state.get(state, 0) + 1
@@ -126,7 +128,7 @@ def _describe(box: Status) -> str:
 def _shell(name: str, command: list[str]) -> int:
     box = lifecycle.find(name)
     if box is None:
-        raise UserError(f"box {name!r} is not up; start it with `box up --name {name}`")
+        raise UserError(f"box {name!r} is not up; start it with: python -m launcher box up --name {name}")
     words = command[1:] if command[:1] == ["--"] else command
     try:
         code = subprocess.run(

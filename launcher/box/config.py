@@ -125,6 +125,8 @@ def slurm_conf(layout: Layout) -> str:
             "AccountingStorageType": "accounting_storage/slurmdbd",
             "AccountingStorageHost": "127.0.0.1",
             "AccountingStoragePort": layout.accounting_port,
+            # Not a password: with munge it is the socket, and AuthInfo above does not count here.
+            "AccountingStoragePass": layout.munge_socket,
             "JobAcctGatherType": "jobacct_gather/linux",
             "JobAcctGatherFrequency": 1,
         }
@@ -164,32 +166,37 @@ def task_prolog(layout: Layout) -> str:
     """Shell script that Slurm runs before each task and each batch script; its `export` lines reach the task.
 
     It puts the box's commands on a PATH that lost them (`sbatch --export=NONE`), and says which GPUs of the
-    machine those of the node are: every slurmd numbers its own from 0, so all nodes would share the first.
+    machine the task has: every slurmd numbers its own from 0, so all nodes would share the first. As on a
+    cluster that fences devices off, a task without GPUs sees none.
     """
-    lines = [
-        "#!/bin/sh",
-        f"bin={shlex.quote(str(layout.bin_dir))}",
-        'case ":$PATH:" in *":$bin:"*) ;; *) echo "export PATH=$bin${PATH:+:$PATH}" ;; esac',
+    shares = [
+        f"{node.name}) set -- {shlex.join(gpu.cuda_name for gpu in node.gpus)} ;;"
+        for node in layout.nodes
+        if node.gpus
     ]
-    if layout.has_gpus:
-        lines += ['case "$SLURMD_NODENAME" in']
-        lines += [
-            f"{node.name}) set -- {shlex.join(gpu.cuda_name for gpu in node.gpus)} ;;"
-            for node in layout.nodes
-        ]
-        lines += [
-            "esac",
-            _GPU_NUMBERS,
-        ]
-    return "\n".join(lines) + "\n"
+    return _TASK_PROLOG.format(bin=shlex.quote(str(layout.bin_dir)), shares="\n    ".join(shares))
 
 
-_GPU_NUMBERS = """\
+_TASK_PROLOG = """\
+#!/bin/sh
+bin={bin}
+case ":$PATH:" in
+    *":$bin:"*) ;;
+    *) echo "export PATH=$bin${{PATH:+:$PATH}}" ;;
+esac
+set --
+case "$SLURMD_NODENAME" in
+    {shares}
+esac
+# Not from CUDA_VISIBLE_DEVICES: a step without GPUs of its own inherits the batch script's, done already.
 names=
-for number in $(echo "${SLURM_STEP_GPUS:-${SLURM_JOB_GPUS:-}}" | tr , ' '); do
-    eval "names=\\$names,\\${$((number + 1))}"
+for number in $(echo "${{SLURM_STEP_GPUS:-$SLURM_JOB_GPUS}}" | tr , ' '); do
+    eval "names=\\$names,\\${{$((number + 1))}}"
 done
-[ -z "$names" ] || echo "export CUDA_VISIBLE_DEVICES=${names#,}\""""
+echo "export CUDA_VISIBLE_DEVICES=${{names#,}}"
+# Two nodes of a box are to be two hosts to NCCL too: its network transport between them, not NVLink.
+echo "export NCCL_HOSTID=$SLURMD_NODENAME"
+"""
 
 
 def client_wrapper(program: Path, loader: str, library_path: str, conf: Path) -> str:
@@ -198,7 +205,6 @@ def client_wrapper(program: Path, loader: str, library_path: str, conf: Path) ->
     The dynamic linker takes the libraries' folders as an argument. LD_LIBRARY_PATH would do as well here, but
     sbatch and srun copy their environment into the job, where it would change which libraries the job loads.
     """
-    name = program.name.removesuffix("-wlm")
-    command = [loader, "--library-path", library_path, "--argv0", name, str(program)]
+    command = [loader, "--library-path", library_path, "--argv0", program.name, str(program)]
     setting = f"SLURM_CONF={shlex.quote(str(conf))}"
     return f'#!/bin/sh\n{setting}\nexport SLURM_CONF\nexec {shlex.join(command)} "$@"\n'

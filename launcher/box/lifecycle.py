@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
@@ -90,18 +89,20 @@ def up(
     """
     paths.check_name(name)
     shape, shares = _plan(nodes, cpus_per_node, gpus, accounting, gpu_device_files)
-    unpacked = packages.fetch(packages.SLURM, say=say)
+    wanted = packages.SLURM + (packages.ACCOUNTING if accounting else ())
+    unpacked = packages.fetch(wanted, say=say)
     with _lock():
         if existing := _record(name):
             _require_this_host(name, existing)
             if box := _running(name, existing):
                 have = _shape_of(existing)
                 if have != shape:
-                    raise UserError(
-                        f"box {name!r} runs with {have}, not {shape}; `box down --name {name}` it first"
-                    )
+                    raise UserError(f"box {name!r} runs with {have}, not {shape}; {_end_it(name)}")
                 say(f"box {name!r} is up already")
                 return box
+            if processes.of_box(paths.state_dir(name) / "slurm.conf", _cluster(name), paths.packages_root()):
+                # It may be slow only, and its jobs alive: nobody asked to end them.
+                raise BoxUnavailable(f"box {name!r} runs but does not answer; {_end_it(name)}")
             say(f"clearing away what box {name!r} left when it died")
         _clear(name)
         return _start(name, shape, shares, unpacked)
@@ -115,13 +116,12 @@ def down(name: str = "default") -> bool:
     paths.check_name(name)
     with _lock():
         folder = paths.state_dir(name)
-        if not folder.exists():
+        if not paths.is_folder(folder):
             return False
         if record := _record(name):
             _require_this_host(name, record)
-        if os.environ.get("SLURM_CLUSTER_NAME") and os.environ.get("SLURM_CONF") == str(
-            folder / "slurm.conf"
-        ):
+        own_conf = os.environ.get("SLURM_CONF") == str(folder / "slurm.conf")
+        if own_conf and os.environ.get("SLURM_CLUSTER_NAME") == _cluster(name):
             raise UserError(f"this is a job of box {name!r}: bring the box down from outside of it")
         _clear(name)
         return True
@@ -134,7 +134,7 @@ def find(name: str = "default") -> Box | None:
 
 
 def recorded_shape(name: str = "default") -> Shape | None:
-    """The shape of a box that was brought up and not down since, from its record alone; None where there is none."""
+    """The shape of a box that was brought up and not down since, from its record alone, or None."""
     record = _record(name)
     return None if record is None else _shape_of(record)
 
@@ -144,7 +144,7 @@ def status(name: str = "default") -> Status:
     record = _record(paths.check_name(name))
     folder = paths.state_dir(name)
     if record is None:
-        return Status(name, "broken" if folder.exists() else "down", state_dir=str(folder))
+        return Status(name, "broken" if paths.is_folder(folder) else "down", state_dir=str(folder))
     shape = str(_shape_of(record))
     box = find(name)
     if box is None:
@@ -177,7 +177,7 @@ def _plan(
 
 def _start(name: str, shape: Shape, shares: _Shares, unpacked: Packages) -> Box:
     """Write the box's folder and start its daemons, again with other ports if somebody else was faster."""
-    plan = Plan(_cluster(name), paths.state_dir(name), shape.cpus_per_node, shares)
+    plan = Plan(_cluster(name), paths.state_dir(name), shape.cpus_per_node, shape.accounting, shares)
     for attempt in range(1, _START_ATTEMPTS + 1):
         layout = startup.lay_out(plan, unpacked)
         try:
@@ -204,6 +204,10 @@ def _note(name: str, shape: Shape) -> None:
     (folder / "box.json").write_text(json.dumps(record), "utf-8")
 
 
+def _end_it(name: str) -> str:
+    return f"use another --name, or end it with: python -m launcher box down --name {name}"
+
+
 def _cluster(name: str) -> str:
     return f"box-{name}"
 
@@ -214,10 +218,10 @@ def _lock() -> contextlib.AbstractContextManager[None]:
 
 
 def _record(name: str) -> dict[str, Any] | None:
-    """What `up` wrote down about a box; None if there is none, or `up` was interrupted before it wrote."""
+    """What `up` wrote down about a box; None if there is none that this user may see."""
     try:
         return dict(json.loads((paths.state_dir(name) / "box.json").read_text("utf-8")))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError, json.JSONDecodeError):
         return None
 
 
@@ -233,8 +237,7 @@ def _box(name: str, folder: Path, shape: Shape) -> Box:
 
 def _running(name: str, record: Mapping[str, Any]) -> Box | None:
     box = _box(name, paths.state_dir(name), _shape_of(record))
-    answer = processes.ask([box.bin_dir / "scontrol", "ping"])
-    return box if answer and re.search(r"\bis UP\b", answer) else None
+    return box if startup.answers(box.bin_dir) else None
 
 
 def _require_this_host(name: str, record: Mapping[str, Any]) -> None:
@@ -250,5 +253,5 @@ def _clear(name: str) -> None:
     """Kill what is left of a box and remove its folder."""
     folder = paths.state_dir(name)
     processes.kill_all(folder / "slurm.conf", _cluster(name), paths.packages_root())
-    if folder.exists():
+    if paths.is_folder(folder):
         shutil.rmtree(folder)

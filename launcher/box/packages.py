@@ -18,6 +18,9 @@ from launcher.box.paths import BoxUnavailable
 SLURM = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "libmunge2", "munge")
 ACCOUNTING = ("slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server-core")
 
+_TREE_VERSION = "2"
+"""Counted up when this module comes to unpack differently, so that no older tree is taken for a new one."""
+
 _APT_TIMEOUT_SECONDS = 300
 
 Say = Callable[[str], None]
@@ -55,16 +58,13 @@ class Packages:
         return named.group().decode()
 
     def program(self, name: str) -> Path:
-        """A program by its usual name; Debian appends -wlm to some. Raises BoxUnavailable if absent."""
-        return self._one(f"usr/sbin/{name}", f"usr/sbin/{name}-wlm", f"usr/bin/{name}", f"usr/bin/{name}-wlm")
+        """A program by its usual name. Raises BoxUnavailable if the packages hold none."""
+        return self._one(f"usr/sbin/{name}", f"usr/bin/{name}")
 
-    def clients(self) -> dict[str, Path]:
-        """Slurm's user commands by name: sbatch, srun, squeue, …"""
-        return {
-            path.name.removesuffix("-wlm"): path
-            for path in sorted(self.root.glob("usr/bin/s*"))
-            if path.is_file()
-        }
+    def clients(self) -> tuple[Path, ...]:
+        """Slurm's user commands: sbatch, srun, squeue, …"""
+        found = sorted(self.root.glob("usr/bin/s*"))
+        return tuple(path for path in found if not path.name.endswith("-wlm"))
 
     def _one(self, *patterns: str) -> Path:
         for pattern in patterns:
@@ -84,7 +84,7 @@ def fetch(wanted: Sequence[str] = SLURM, say: Say = lambda line: None) -> Packag
     Raises BoxUnavailable if there is no apt-get or dpkg, or with apt's own last word if the download failed.
     """
     folder = paths.packages_root() / _key(wanted)
-    if folder.is_dir():
+    if paths.is_folder(folder):
         return Packages(folder)
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
@@ -106,7 +106,7 @@ def _key(wanted: Sequence[str]) -> str:
     """Folder name that differs wherever the packages would: unlike machines may share a home folder."""
     system = platform.freedesktop_os_release()
     label = f"{system.get('ID', 'linux')}-{system.get('VERSION_ID', 'rolling')}-{platform.machine()}"
-    digest = hashlib.sha256(" ".join(wanted).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(" ".join((*wanted, _TREE_VERSION)).encode()).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9.-]", "_", f"{label}-{digest}")
 
 
@@ -135,6 +135,20 @@ def _download(wanted: Sequence[str], scratch: Path) -> None:
     _raise_unless_ok(fetched, update)
     for archive in sorted(archives.glob("*.deb")):
         _raise_unless_ok(_run(["dpkg", "-x", str(archive), str(tree)], cwd=archives))
+    _use_plain_names(tree)
+
+
+def _use_plain_names(tree: Path) -> None:
+    """Link slurmd to slurmd-wlm and so on, as Debian's installation does.
+
+    The name matters: under another one than its own a Slurm daemon takes itself for a user command, and then
+    overlooks Gres= in slurm.conf.
+    """
+    for folder in (tree / "usr/sbin", tree / "usr/bin"):
+        for program in folder.glob("*-wlm"):
+            plain = program.with_name(program.name.removesuffix("-wlm"))
+            if not plain.exists():
+                plain.symlink_to(program.name)
 
 
 def _run(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:

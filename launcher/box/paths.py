@@ -20,6 +20,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./@+-]+")
 _LONGEST_STATE_DIR = 72
 """slurmstepd listens on <state>/spool/n128/n128_<job>.4294967291; a Unix socket's path ends at 107 bytes."""
 
+_WAY_OUT = "set CACHE_DIR to a folder of your own, with a short path"
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,29}")
 
 
@@ -62,7 +64,7 @@ def names() -> list[str]:
     """Names of all boxes that left a folder, running or not."""
     folders = {state_dir("a").parent, state_dir("a" * 30).parent}
     return sorted(
-        path.name for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()
+        path.name for folder in folders if is_folder(folder) for path in folder.iterdir() if path.is_dir()
     )
 
 
@@ -77,14 +79,22 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder that this user may know of."""
+    try:
+        return path.is_dir()
+    except PermissionError:
+        return False
+
+
 def private_folder(path: Path) -> Path:
-    """Make a folder and its parents. Raises BoxUnavailable, naming the way out, if that is not permitted."""
+    """Make a folder and its parents. Raises BoxUnavailable, with a way out, if this user cannot use it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BoxUnavailable(
-            f"cannot make {path}: {error.strerror}; set CACHE_DIR to a folder you may write"
-        ) from error
+        raise BoxUnavailable(f"cannot make {path}: {error.strerror}; {_WAY_OUT}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise BoxUnavailable(f"you may not write in {path}; {_WAY_OUT}")
     return path
 
 
@@ -95,15 +105,11 @@ def _short_root(instead_of: Path) -> Path:
     somebody else owns it already: the owner of the folder decides what this user's Slurm runs.
     """
     digest = hashlib.sha256(os.fsencode(instead_of)).hexdigest()[:8]
-    folder = Path("/tmp") / f"distributed-recipes-{os.getuid()}-{digest}"
+    folder = Path("/tmp") / f"recipes-{os.getuid()}-{digest}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise BoxUnavailable(
-            f"cannot make {folder}: {error.strerror}; set CACHE_DIR to a short plain path"
-        ) from error
+        raise BoxUnavailable(f"cannot make {folder}: {error.strerror}; {_WAY_OUT}") from error
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise BoxUnavailable(
-            f"{folder} belongs to another user; set CACHE_DIR to a short path without blanks"
-        )
+        raise BoxUnavailable(f"{folder} belongs to another user; {_WAY_OUT}")
     return folder

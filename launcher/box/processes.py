@@ -14,6 +14,7 @@ import psutil
 
 from launcher.box.packages import Packages
 
+_START_TIMEOUT_SECONDS = 60
 _KILL_TIMEOUT_SECONDS = 20
 
 
@@ -29,20 +30,22 @@ class Daemon:
     log: Path
 
 
-def start(daemons: Sequence[Daemon], packages: Packages, conf: Path, timeout: float = 60.0) -> None:
-    """Start daemons side by side and return when each has gone to the background.
+def start(
+    daemons: Sequence[Daemon], packages: Packages, conf: Path, variables: Mapping[str, str] | None = None
+) -> None:
+    """Start daemons side by side, with further variables, and return when each has gone to the background.
 
-    Raises DaemonFailed for the first that exited with an error or did not get there in `timeout` seconds.
+    Raises DaemonFailed for the first that exited with an error or does not get there.
     """
-    environment = daemon_environment(packages, conf)
+    environment = {**daemon_environment(packages, conf), **(variables or {})}
     started = [_spawn(daemon, environment) for daemon in daemons]
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + _START_TIMEOUT_SECONDS
     for daemon, process in zip(daemons, started, strict=True):
         program = Path(daemon.command[0]).name
         try:
             code = process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired as expired:
-            raise DaemonFailed(f"{program} did not start in {timeout:.0f} s") from expired
+            raise DaemonFailed(f"{program} did not start in {_START_TIMEOUT_SECONDS} s") from expired
         if code != 0:
             raise DaemonFailed(f"{program}: {last_line(daemon.log) or f'exit code {code}'}")
 
@@ -61,11 +64,12 @@ def daemon_environment(packages: Packages, conf: Path) -> dict[str, str]:
 
 
 def last_line(log: Path) -> str:
-    """The last error in a log file, else its last line, without Slurm's time stamp, or nothing."""
+    """The last fatal error in a log file, or its last line, without Slurm's time stamp."""
     if not log.exists():
         return ""
     lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if "fatal:" in line or "error:" in line.lower()] or lines
+    # Only fatal ones: Slurm also logs as errors what it did not find at a first start.
+    telling = [line for line in lines if "fatal:" in line] or lines
     return telling[-1].split("] ", 1)[-1].strip() if telling else ""
 
 

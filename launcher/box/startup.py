@@ -6,13 +6,14 @@ import contextlib
 import os
 import pwd
 import random
+import re
 import secrets
 import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.box import config, processes
+from launcher.box import accounting, config, processes
 from launcher.box.config import Layout, Node
 from launcher.box.gpus import Gpu
 from launcher.box.packages import Packages
@@ -30,6 +31,7 @@ class Plan:
     cluster: str
     state_dir: Path
     cpus_per_node: int
+    accounting: bool
     gpus_of_nodes: tuple[tuple[Gpu, ...], ...]
     """One entry per node."""
 
@@ -40,7 +42,7 @@ def lay_out(plan: Plan, packages: Packages) -> Layout:
         user = pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         raise BoxUnavailable(f"Slurm needs a user name, and user id {os.getuid()} has none here") from None
-    controller, *node_ports = _free_ports(1 + len(plan.gpus_of_nodes))
+    controller, slurmdbd, *node_ports = _free_ports(2 + len(plan.gpus_of_nodes))
     return Layout(
         cluster=plan.cluster,
         user=user,
@@ -52,6 +54,7 @@ def lay_out(plan: Plan, packages: Packages) -> Layout:
             for index, (port, gpus) in enumerate(zip(node_ports, plan.gpus_of_nodes, strict=True))
         ),
         cpus_per_node=plan.cpus_per_node,
+        accounting_port=slurmdbd if plan.accounting else None,
     )
 
 
@@ -68,10 +71,14 @@ def write(layout: Layout, packages: Packages) -> None:
     (folder / "cgroup.conf").write_text(config.cgroup_conf(), "utf-8")
     if layout.has_gpus:
         (folder / "gres.conf").write_text(config.gres_conf(layout), "utf-8")
+    if layout.accounting_port is not None:
+        secret = folder / "slurmdbd.conf"
+        secret.touch(0o600)  # slurmdbd refuses a file that others may read
+        secret.write_text(accounting.slurmdbd_conf(layout, packages), "utf-8")
     _write_script(folder / "task-prolog", config.task_prolog(layout))
-    for command, program in packages.clients().items():
+    for program in packages.clients():
         wrapper = config.client_wrapper(program, packages.loader, packages.library_path, layout.slurm_conf)
-        _write_script(layout.bin_dir / command, wrapper)
+        _write_script(layout.bin_dir / program.name, wrapper)
 
 
 def _write_script(path: Path, text: str) -> None:
@@ -89,11 +96,19 @@ def start(layout: Layout, packages: Packages) -> None:
         (str(packages.program("slurmctld")), "-f", str(conf)), layout.state_dir / "log" / "slurmctld.log"
     )
     processes.start([_munged(layout, packages)], packages, conf)
+    if layout.accounting_port is not None:
+        accounting.start(layout, packages)
     processes.start([controller], packages, conf)
     # A slurmd that finds no controller tries again only seconds later.
-    _wait_for_port(layout.controller_port, controller)
+    _wait_for_controller(layout, controller)
     processes.start([_slurmd(layout, packages, node) for node in layout.nodes], packages, conf)
     _wait_for_nodes(layout)
+
+
+def answers(bin_dir: Path) -> bool:
+    """Whether the box's own slurmctld answers."""
+    said = processes.ask([bin_dir / "scontrol", "ping"])
+    return said is not None and re.search(r"\bis UP\b", said) is not None
 
 
 def node_states(bin_dir: Path) -> dict[str, str]:
@@ -135,17 +150,14 @@ def _slurmd_log(layout: Layout, node: Node) -> Path:
     return layout.state_dir / "log" / f"slurmd-{node.name}.log"
 
 
-def _wait_for_port(port: int, daemon: Daemon, timeout: float = 20.0) -> None:
+def _wait_for_controller(layout: Layout, daemon: Daemon, timeout: float = 20.0) -> None:
+    """Ask, instead of knocking at the port: behind it there may be somebody else's slurmctld."""
     deadline = time.monotonic() + timeout
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            said = processes.last_line(daemon.log)
-            if "fatal:" in said or time.monotonic() > deadline:
-                raise DaemonFailed(said or "slurmctld does not answer") from None
-            time.sleep(0.02)
+    while not answers(layout.bin_dir):
+        said = processes.last_line(daemon.log)
+        if "fatal:" in said or time.monotonic() > deadline:
+            raise DaemonFailed(f"slurmctld: {said or 'does not answer'}")
+        time.sleep(0.02)
 
 
 def _wait_for_nodes(layout: Layout) -> None:
