@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = run_checks(options)
     verdict = worst([result.verdict for result in results])
     if options.json:
-        print(json.dumps({"node": options.node, "checks": [dataclasses.asdict(result) for result in results]}))
+        print(
+            json.dumps({"node": options.node, "checks": [dataclasses.asdict(result) for result in results]})
+        )
     else:
         _print_table(results)
     return EXIT_CODES[verdict]
@@ -40,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_checks(options: argparse.Namespace) -> list[CheckResult]:
     """The checks that the options ask for; GPUs are always counted."""
-    results = [minimal.gpus_present(options.gpus, visible=os.environ.get("CUDA_VISIBLE_DEVICES") if options.gpus else None)]
+    results = [
+        minimal.gpus_present(
+            options.gpus, visible=os.environ.get("CUDA_VISIBLE_DEVICES") if options.gpus else None
+        )
+    ]
     if options.master is not None:
         host, _, port = options.master.rpartition(":")
         results.append(minimal.name_resolves(host))
@@ -56,16 +62,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--master", metavar="HOST:PORT", help="connect to the job's first node")
     parser.add_argument("--writable", type=Path, metavar="FOLDER", help="write a file into the run directory")
     parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
-    parser.add_argument("--node", default=os.environ.get("SLURMD_NODENAME", socket.gethostname()), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--node", default=os.environ.get("SLURMD_NODENAME", socket.gethostname()), help=argparse.SUPPRESS
+    )
     return parser
 
 
 def _print_table(results: list[CheckResult]) -> None:
     rows = [("check", "verdict", "read", "expected", "what to do")]
-    rows += [(r.check, r.verdict.value, r.read, r.expected, r.remedy if r.verdict.blocks else "") for r in results]
+    rows += [
+        (r.check, r.verdict.value, r.read, r.expected, r.remedy if r.verdict.blocks else "") for r in results
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)), row[4]]).rstrip())
+        print(
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)), row[4]]
+            ).rstrip()
+        )
 
 
 if __name__ == "__main__":

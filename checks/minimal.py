@@ -17,7 +17,9 @@ CONNECT_SECONDS = 5.0
 """A reachable node accepts within milliseconds; a firewall that drops packets answers never."""
 
 
-def gpus_present(wanted: int, *, device_folder: Path = Path("/dev"), visible: str | None = None) -> CheckResult:
+def gpus_present(
+    wanted: int, *, device_folder: Path = Path("/dev"), visible: str | None = None
+) -> CheckResult:
     """At least `wanted` GPU device files (/dev/nvidia0, …), narrowed by CUDA_VISIBLE_DEVICES where the job sets it.
 
     The device files are what the driver made and what the container runtime passed on; a GPU that fell off the bus
@@ -34,7 +36,9 @@ def gpus_present(wanted: int, *, device_folder: Path = Path("/dev"), visible: st
         count = min(count, len(listed))
         read += f", CUDA_VISIBLE_DEVICES={visible}"
     verdict = Verdict.PASS if count >= wanted else Verdict.FAIL
-    return CheckResult("gpus", verdict, read, f"at least {wanted} GPUs", "leave this node out: sbatch --exclude")
+    return CheckResult(
+        "gpus", verdict, read, f"at least {wanted} GPUs", "leave this node out: sbatch --exclude"
+    )
 
 
 def name_resolves(host: str) -> CheckResult:

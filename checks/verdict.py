@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class Verdict(str, Enum):
+class Verdict(StrEnum):
     """Ordered from good to bad. A check that could not look says UNKNOWN, and UNKNOWN blocks."""
 
     PASS = "pass"

@@ -44,7 +44,9 @@ def slurm_allocation(environment: Mapping[str, str]) -> Allocation:
     Raises UserError when it is not one, or when flags given to sbatch do not go together.
     """
     if "SLURM_JOB_ID" not in environment:
-        raise UserError("the controller runs inside a Slurm job and SLURM_JOB_ID is not set; use: python -m launcher submit")
+        raise UserError(
+            "the controller runs inside a Slurm job and SLURM_JOB_ID is not set; use: python -m launcher submit"
+        )
     nodes = tuple(expand_hostlist(environment["SLURM_JOB_NODELIST"]))
     tasks_per_node = _tasks_per_node(environment, len(nodes))
     return Allocation(

@@ -7,23 +7,31 @@ from __future__ import annotations
 
 import os
 
+from launcher.machine import box_name
+from launcher.runs import Run
 from launcher.spec import UserError
-
-BOX_NAME_VARIABLE = "LAUNCHER_BOX"
-"""Which box `cluster=box` means where several run side by side; "default" when unset."""
-
-
-def box_name() -> str:
-    return os.environ.get(BOX_NAME_VARIABLE, "default")
 
 
 def use_cluster(cluster: str) -> None:
     """Put the commands of `cluster` on PATH. Raises UserError when cluster=box and no box runs."""
-    if cluster != "box":
-        return
+    if cluster == "box":
+        _use_box(box_name())
+
+
+def use_cluster_of(run: Run) -> None:
+    """The same for the cluster that ran the newest job of `run`, which may be another box than today's."""
+    jobs = run.jobs()
+    if run.spec().cluster == "box":
+        _use_box(jobs[-1].get("box", box_name()) if jobs else box_name())
+
+
+def _use_box(name: str) -> None:
     from launcher import box
 
-    found = box.find(box_name())
+    found = box.find(name)
     if found is None:
-        raise UserError("cluster=box: no box is running; start one with: python -m launcher box up")
+        which = "" if name == "default" else f" --name {name}"
+        raise UserError(
+            f"cluster=box: box {name!r} is not running; start it with: python -m launcher box up{which}"
+        )
     os.environ.update(box.environment(found))

@@ -57,7 +57,9 @@ def _text(answer: str | subprocess.CompletedProcess[str]) -> str:
 
 def record_packages(path: Path) -> None:
     """Write name==version of every installed distribution of this interpreter, sorted, one a line."""
-    found = {(item.metadata["Name"] or "?").lower(): item.version for item in importlib.metadata.distributions()}
+    found = {
+        (item.metadata["Name"] or "?").lower(): item.version for item in importlib.metadata.distributions()
+    }
     lines = [f"# Python {platform.python_version()}", *(f"{name}=={found[name]}" for name in sorted(found))]
     path.write_text("\n".join(lines) + "\n")
 

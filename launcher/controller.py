@@ -18,6 +18,7 @@ from typing import Protocol
 
 from launcher import codeversion, ledger, outcome, preflight, rendezvous, runs, slurm
 from launcher.allocation import Allocation, fit, local_allocation, slurm_allocation
+from launcher.machine import box_name
 from launcher.paths import REPOSITORY, run_root
 from launcher.spec import JobSpec, UserError
 from launcher.steps import Launch, LocalStep, SlurmStep
@@ -70,7 +71,9 @@ def _prepare(argv: list[str], environment: Mapping[str, str]) -> tuple[runs.Run,
     return _prepare_from_job_file(argv, environment)
 
 
-def _prepare_from_job_file(words: list[str], environment: Mapping[str, str]) -> tuple[runs.Run, JobSpec, Allocation]:
+def _prepare_from_job_file(
+    words: list[str], environment: Mapping[str, str]
+) -> tuple[runs.Run, JobSpec, Allocation]:
     """`sbatch jobs/ch4_fsdp.sbatch args.model=llama_8b`: compose, make the run directory or find it after a requeue."""
     from launcher.config import compose
 
@@ -83,7 +86,8 @@ def _prepare_from_job_file(words: list[str], environment: Mapping[str, str]) -> 
     if run is None:
         run = runs.create(root, spec, words)
         runs.remember_job(root, allocation.cluster, allocation.job_id, run)
-        run.add_job(allocation.job_id, "slurm", slurm_conf=environment.get("SLURM_CONF", ""))
+        where = {"box": box_name()} if spec.cluster == "box" else {}
+        run.add_job(allocation.job_id, "slurm", log=_own_log(), **where)
         codeversion.record_code(REPOSITORY, run.path)
     return run, spec, allocation
 
@@ -119,7 +123,9 @@ def control(run: runs.Run, spec: JobSpec, allocation: Allocation, stop: StopRequ
     attempt, attempt_dir = run.new_attempt_dir()
     about = {"attempt": attempt, "job_id": allocation.job_id, "pid": os.getpid()}
     started, step_in = time.time(), runs.last_metrics(run).get("step")
-    say(f"run {run.id} attempt {attempt}: {spec.recipe} on {', '.join(allocation.nodes)}; directory {run.path}")
+    say(
+        f"run {run.id} attempt {attempt}: {spec.recipe} on {', '.join(allocation.nodes)}; directory {run.path}"
+    )
     run.write_state(state="starting", reason="preflight", **about)
 
     environment = _step_environment(os.environ)
@@ -200,7 +206,12 @@ def rank_errors(attempt_dir: Path) -> tuple[outcome.RankError, ...]:
 
 
 def _preflight(
-    spec: JobSpec, allocation: Allocation, master: str, attempt_dir: Path, python: str, environment: Mapping[str, str]
+    spec: JobSpec,
+    allocation: Allocation,
+    master: str,
+    attempt_dir: Path,
+    python: str,
+    environment: Mapping[str, str],
 ) -> list[preflight.Finding]:
     if spec.preflight == "off":
         say("preflight is off")
@@ -248,6 +259,12 @@ def _interpreter(spec: JobSpec) -> str:
     return spec.python or sys.executable
 
 
+def _own_log() -> str:
+    """The file behind our standard error, "" where that is no file (a terminal, a pipe)."""
+    path = Path("/proc/self/fd/2").resolve()
+    return str(path) if path.is_file() else ""
+
+
 @dataclass(frozen=True)
 class _OwnLog:
     """The batch step's log from here on: slurmstepd writes into it why it ends the job."""
@@ -257,9 +274,8 @@ class _OwnLog:
 
     @classmethod
     def begin(cls) -> _OwnLog | None:
-        """The file behind our standard error, None where that is no file (a terminal, a pipe)."""
-        path = Path("/proc/self/fd/2").resolve()
-        return cls(path, path.stat().st_size) if path.is_file() else None
+        path = _own_log()
+        return cls(Path(path), os.stat(path).st_size) if path else None
 
     def added(self) -> str:
         with self.path.open("rb") as file:

@@ -7,7 +7,6 @@ recipe. Importing submitit costs 0.2 s, so only commands that submit import this
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from launcher import runs, slurm
+from launcher.machine import box_name
 from launcher.paths import REPOSITORY
 from launcher.render import Submission, render
 from launcher.spec import JobSpec, UserError
@@ -87,12 +87,11 @@ def submit(run: runs.Run, spec: JobSpec) -> str:
 
 
 def _submit_to_slurm(run: runs.Run, spec: JobSpec) -> str:
-    if shutil.which("sbatch") is None:
-        raise UserError(f"cluster={spec.cluster}: no sbatch on PATH; use cluster=local, or log in to the cluster")
     script = script_for(run, spec)
     runs.write_text(run.script_file, script)
     job = RenderedSlurmExecutor(run.submitit_folder, script).submit_script()
-    run.add_job(job.job_id, "slurm", slurm_conf=os.environ.get("SLURM_CONF", ""))
+    where = {"box": box_name()} if spec.cluster == "box" else {}
+    run.add_job(job.job_id, "slurm", **where)
     return str(job.job_id)
 
 

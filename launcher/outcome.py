@@ -81,7 +81,9 @@ def classify(ending: Ending) -> Outcome:
         return Outcome("failed", f"rank {first.rank} on {first.node}: {first.type}: {message}", first.rank)
     if ending.task_exits:
         task = ending.task_exits[0]
-        return Outcome("failed", f"rank {task.tasks[0]} on {task.node}: exit code {task.exit_code}", task.tasks[0])
+        return Outcome(
+            "failed", f"rank {task.tasks[0]} on {task.node}: exit code {task.exit_code}", task.tasks[0]
+        )
     said = next((line for line in reversed(ending.last_lines) if line.strip()), "no message")
     return Outcome("failed", f"the tasks ended with status {ending.exit_code}: {said.strip()}")
 

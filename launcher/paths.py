@@ -38,6 +38,30 @@ def run_root(
     return _of_user(platformdirs.user_state_dir, "LAUNCHER_RUNS") / "runs"
 
 
+def known_run_roots(environment: Mapping[str, str] = os.environ) -> list[Path]:
+    """Every folder in which this user's runs may be: the one of today's rule first, then the remembered ones."""
+    file = _roots_file()
+    remembered = [Path(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return list(dict.fromkeys([run_root(environment=environment), *remembered]))
+
+
+def remember_run_root(root: Path) -> None:
+    """Note a folder that a job named with run_root=, so that `status` finds its runs without being told.
+
+    Raises OSError where the user's state folder cannot be written.
+    """
+    file = _roots_file()
+    if root in known_run_roots():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream:
+        stream.write(f"{root}\n")
+
+
+def _roots_file() -> Path:
+    return Path(platformdirs.user_state_dir(APPLICATION)) / "run_roots"
+
+
 def cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
     """Absolute folder for prepared corpora: CACHE_DIR, else the user's cache folder (HOME may be unset)."""
     named = environment.get("CACHE_DIR", "")
@@ -49,7 +73,7 @@ def cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
 def absolute(path: str, start: Path) -> Path:
     """`path` with `~` expanded, relative to `start`; links stay as they are, `..` is taken out."""
     # Path.resolve() would follow links, Path.expanduser() raises where there is no home.
-    return Path(os.path.abspath(start / os.path.expanduser(path)))  # noqa: PTH100, PTH111
+    return Path(os.path.abspath(start / os.path.expanduser(path)))
 
 
 def _of_user(folder: Callable[[str], str], variable: str) -> Path:

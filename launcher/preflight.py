@@ -75,14 +75,18 @@ def run(
 def blocking_findings(reports: list[dict[str, Any]], nodes: tuple[str, ...], complaint: str) -> list[Finding]:
     """The blocking checks of all reports, and one finding for each node that did not report. Pure."""
     findings = [
-        Finding(report["node"], item["check"], item["verdict"], item["read"], item["expected"], item["remedy"])
+        Finding(
+            report["node"], item["check"], item["verdict"], item["read"], item["expected"], item["remedy"]
+        )
         for report in reports
         for item in report["checks"]
         if item["verdict"] in BLOCKING
     ]
     answered = {report["node"] for report in reports}
     silent = [node for node in nodes if node not in answered]
-    findings += [Finding(node, "report", "unknown", complaint or "no answer", "a report", "") for node in silent]
+    findings += [
+        Finding(node, "report", "unknown", complaint or "no answer", "a report", "") for node in silent
+    ]
     if not reports and not silent:
         findings.append(Finding("localhost", "report", "unknown", complaint or "no answer", "a report", ""))
     return findings
@@ -106,13 +110,20 @@ def _output_of(command: list[str], environment: Mapping[str, str]) -> tuple[str,
     """What the checks printed, and the last line of complaint (their non-zero status alone is not one)."""
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, errors="replace", timeout=DEADLINE_SECONDS
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=DEADLINE_SECONDS,
         )
     except subprocess.TimeoutExpired as error:
         printed = error.stdout or b""
         text = printed.decode(errors="replace") if isinstance(printed, bytes) else printed
         return text, f"no answer within {DEADLINE_SECONDS:.0f} s"
-    lines = [line for line in done.stderr.splitlines() if "Exited with exit code" not in line and line.strip()]
+    lines = [
+        line for line in done.stderr.splitlines() if "Exited with exit code" not in line and line.strip()
+    ]
     return done.stdout, lines[-1].strip() if lines else ""
 
 

@@ -50,8 +50,8 @@ def render(spec: JobSpec, submission: Submission | None = None, *, words: Sequen
 def sbatch_flags(spec: JobSpec, submission: Submission | None) -> list[str]:
     """The #SBATCH flags as --key=value words, quoted as sbatch reads them (single quotes, like a shell).
 
-    --nodes, --ntasks-per-node and --cpus-per-task are always stated: sbatch then sets their variables anew, and no value
-    of an outer job can be taken for this one's.
+    --nodes, --ntasks-per-node and --cpus-per-task are always stated: sbatch then sets their variables anew, and no
+    value of an outer job can be taken for this one's.
     """
     flags: dict[str, str] = {
         "job-name": spec.recipe,
@@ -82,9 +82,9 @@ def slurm_time(minutes: int) -> str:
 
 def _about(spec: JobSpec, submission: Submission | None) -> str:
     if submission is not None:
-        return f"# Recipe {spec.recipe} on cluster {spec.cluster}. Rendered for one run; its spec.json decides what runs."
+        return f"# Recipe {spec.recipe} on cluster {spec.cluster}, for one run; its spec.json decides what runs."
     return (
-        f"# Recipe {spec.recipe} with the cluster profile {spec.cluster}. Rendered by the launcher, not edited by hand:\n"
+        f"# Recipe {spec.recipe} with the cluster profile {spec.cluster}. Rendered, not edited by hand:\n"
         f"#   python -m launcher render recipe={spec.recipe} cluster={spec.cluster}\n"
         "# Flags given to sbatch win over the lines above; words after the file's name are overrides:\n"
         f"#   sbatch --nodes=8 jobs/{spec.recipe}.sbatch args.steps=100"
@@ -92,7 +92,12 @@ def _about(spec: JobSpec, submission: Submission | None) -> str:
 
 
 def _activation(spec: JobSpec) -> str:
-    return "\n".join(["# From the cluster profile. Before `set -u`: module and conda scripts read unset variables.", *spec.activate])
+    return "\n".join(
+        [
+            "# From the cluster profile. Before `set -u`: module and conda scripts read unset variables.",
+            *spec.activate,
+        ]
+    )
 
 
 def _find_repository(spec: JobSpec, submission: Submission | None) -> str:
@@ -135,7 +140,11 @@ def _controller_command(spec: JobSpec, submission: Submission | None, words: Seq
     """-P keeps the working folder off the module path: a folder `launcher/` of the reader's would be taken for ours."""
     if submission is not None:
         return f'"$python" -P -m launcher.controller --run-dir={shlex.quote(str(submission.run_dir))}'
-    fixed = [f"recipe={spec.recipe}", f"cluster={spec.cluster}", *(word for word in words if not _is_header(word))]
+    fixed = [
+        f"recipe={spec.recipe}",
+        f"cluster={spec.cluster}",
+        *(word for word in words if not _is_header(word)),
+    ]
     return f'"$python" -P -m launcher.controller {shlex.join(fixed)} "$@"'
 
 
@@ -146,8 +155,7 @@ def _is_header(word: str) -> bool:
 
 
 _HEADER_KEYS = frozenset(
-    ["recipe", "cluster", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "time", "memory", "partition"]
-    + ["account", "qos", "exclude"]
+    "recipe cluster nodes tasks_per_node gpus_per_node cpus_per_task time memory partition account qos exclude".split()
 )
 
 

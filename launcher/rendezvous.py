@@ -83,7 +83,9 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank:
             local_world_size=world_size,
             node_rank=0,
         )
-    raise RendezvousError("no rank in the environment: neither torchrun's RANK, Slurm's SLURM_PROCID, nor submitit's")
+    raise RendezvousError(
+        "no rank in the environment: neither torchrun's RANK, Slurm's SLURM_PROCID, nor submitit's"
+    )
 
 
 def resolve(host: str) -> str:
@@ -95,7 +97,9 @@ def resolve(host: str) -> str:
     try:
         answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise UserError(f"the first node's address {host!r} does not resolve on {socket.gethostname()}: {error}") from error
+        raise UserError(
+            f"the first node's address {host!r} does not resolve on {socket.gethostname()}: {error}"
+        ) from error
     return str(answers[0][4][0])
 
 

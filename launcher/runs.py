@@ -1,17 +1,17 @@
 """Run directories: where a run's files are, how a run is made, found and named. File system.
 
-    RUN_ROOT/ch4_fsdp-k3f9xq/
-      run.json         id, recipe, time of creation, the words that the user typed
-      spec.json        the frozen spec (of the newest submission)
-      code.json        git commit and whether the tree was dirty; code.diff holds the difference
-      job.sbatch       the script that was submitted
-      jobs.jsonl       one line per Slurm job or local start of this run
-      state.json       what the controller is doing now, or how it ended
-      attempts.jsonl   the ledger: one line per attempt
-      metrics.jsonl    one line per logged optimizer step, over all attempts
-      attempt-01/      logs and evidence of the first attempt: rank-0.log, preflight.json, packages.txt, …
-      checkpoints/
-      submitit/        submitit's own files: job handles and the batch step's log
+RUN_ROOT/ch4_fsdp-k3f9xq/
+  run.json         id, recipe, time of creation, the words that the user typed
+  spec.json        the frozen spec (of the newest submission)
+  code.json        git commit and whether the tree was dirty; code.diff holds the difference
+  job.sbatch       the script that was submitted
+  jobs.jsonl       one line per Slurm job or local start of this run
+  state.json       what the controller is doing now, or how it ended
+  attempts.jsonl   the ledger: one line per attempt
+  metrics.jsonl    one line per logged optimizer step, over all attempts
+  attempt-01/      logs and evidence of the first attempt: rank-0.log, preflight.json, packages.txt, …
+  checkpoints/
+  submitit/        submitit's own files: job handles and the batch step's log
 """
 
 from __future__ import annotations
@@ -134,13 +134,13 @@ def create(root: Path, spec: JobSpec, words: Sequence[str]) -> Run:
     return run
 
 
-def all_runs(root: Path) -> list[Run]:
-    """Every run under `root`, oldest first."""
-    found = [Run(path.parent) for path in root.glob("*/run.json")]
+def all_runs(roots: Sequence[Path]) -> list[Run]:
+    """Every run in these folders, oldest first."""
+    found = [Run(path.parent) for root in roots for path in root.glob("*/run.json")]
     return sorted(found, key=lambda run: float(run.info().get("created", 0.0)))
 
 
-def find(root: Path, name: str | None) -> Run:
+def find(roots: Sequence[Path], name: str | None) -> Run:
     """The run whose id or folder name starts with `name`; the latest one for None. A path to a run works too.
 
     Raises UserError when there is none, or more than one.
@@ -149,9 +149,11 @@ def find(root: Path, name: str | None) -> Run:
         if (Path(name) / "run.json").is_file():
             return Run(Path(name).resolve())
         raise UserError(f"{name}: no run directory")
-    runs = all_runs(root)
+    runs, where = all_runs(roots), " or ".join(map(str, roots))
     if not runs:
-        raise UserError(f"no run under {root} yet; start one with: python -m launcher submit recipe=ch1_baseline")
+        raise UserError(
+            f"no run in {where} yet; start one with: python -m launcher submit recipe=ch1_baseline"
+        )
     if name is None:
         return runs[-1]
     found = [run for run in runs if run.id.startswith(name) or run.path.name.startswith(name)]
@@ -161,7 +163,9 @@ def find(root: Path, name: str | None) -> Run:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise UserError(f"no run {name!r} under {root}; the latest is {runs[-1].id}, all: python -m launcher status --all")
+        raise UserError(
+            f"no run {name!r} in {where}; the latest is {runs[-1].id}, all: python -m launcher status --all"
+        )
     names = ", ".join(run.id for run in found[-5:])
     raise UserError(f"{name!r} is the start of {len(found)} runs ({names}): type more of the one you mean")
 

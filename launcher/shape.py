@@ -40,7 +40,7 @@ def resolve_shape(
     """The numbers of a job on the cluster. `typed` and `wished` hold those of SHAPE_KEYS that somebody gave.
 
     Where nobody gave them: one node; one rank per GPU, or `cpu_tasks_per_node` ranks without a GPU (`on_cpu`:
-    none is used); the node's CPUs shared among the ranks. Raises UserError for a typed number that the
+    none is used); the node's CPUs shared among the ranks, as far as their GPUs go. Raises UserError for a typed number that the
     cluster does not have.
     """
     nodes = _nodes(typed, wished, capacity, cluster, executor)
@@ -65,7 +65,7 @@ def resolve_shape(
             f"tasks_per_node={tasks}: cluster '{cluster}' gives {gpus} GPUs per node, one per rank; "
             "gpus_per_node=0 runs the ranks on CPUs"
         )
-    return Shape(nodes, tasks, gpus, _cpus_per_task(typed, wished, tasks, capacity, cluster, executor))
+    return Shape(nodes, tasks, gpus, _cpus_per_task(typed, wished, tasks, gpus, capacity, cluster, executor))
 
 
 def _nodes(
@@ -105,6 +105,7 @@ def _cpus_per_task(
     typed: Mapping[str, int],
     wished: Mapping[str, int],
     tasks: int,
+    gpus: int,
     capacity: Capacity,
     cluster: str,
     executor: Executor,
@@ -113,7 +114,9 @@ def _cpus_per_task(
     cpus = typed.get("cpus_per_task", wished.get("cpus_per_task"))
     if there is None:
         return cpus or 1
-    share = max(1, there // tasks)
+    # A job with one of eight GPUs gets an eighth of the CPUs: all of them would keep others from the other seven.
+    ours = there * gpus // capacity.gpus_per_node if gpus and executor == "slurm" else there
+    share = max(1, ours // tasks)
     if "cpus_per_task" not in typed:
         cpus = min(cpus or share, share)
     assert cpus is not None

@@ -95,7 +95,9 @@ class JobSpec:
         fields = json.loads(text)
         version = fields.pop("version", None)
         if version != SPEC_VERSION:
-            raise UserError(f"the run's spec has version {version}; this launcher reads version {SPEC_VERSION}")
+            raise UserError(
+                f"the run's spec has version {version}; this launcher reads version {SPEC_VERSION}"
+            )
         container = fields.pop("container")
         return cls(
             **{**fields, "exclude": tuple(fields["exclude"]), "activate": tuple(fields["activate"])},

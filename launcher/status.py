@@ -21,7 +21,6 @@ SLURM_MAY_GO_ON = frozenset({"preempted", "requeued", "node_failure"})
 """Ends of an attempt after which Slurm usually starts the job again: only Slurm knows whether it will."""
 
 
-
 @dataclass(frozen=True)
 class RunStatus:
     """What `status` shows. `state` is pending, starting, running, unsubmitted, unknown or one of ENDS."""
@@ -93,7 +92,9 @@ def _from_slurm(state: slurm.JobState, job_id: str) -> tuple[str, str]:
     """Slurm's word as ours, for a job whose controller has said nothing. Pure."""
     names = {"PENDING": "pending", "CONFIGURING": "pending", "RUNNING": "starting", "COMPLETING": "running"}
     names |= {"CANCELLED": "cancelled", "TIMEOUT": "timeout"}
-    reason = f"job {job_id} is {state.name}" + (f" ({state.reason})" if state.reason not in ("", "None") else "")
+    reason = f"job {job_id} is {state.name}" + (
+        f" ({state.reason})" if state.reason not in ("", "None") else ""
+    )
     return names.get(state.name, "failed" if state.is_over else "pending"), reason
 
 

@@ -49,7 +49,10 @@ def task_command(launch: Launch, *, mounts: Sequence[Path]) -> list[str]:
         command.append(f"--workers={spec.tasks_per_node}")
     command += ["--", spec.entrypoint, *spec.recipe_argv()]
     if spec.container.kind == "apptainer":
-        return [*_apptainer(spec.container, mounts, launch.environment, gpus=bool(spec.gpus_per_node)), *command]
+        return [
+            *_apptainer(spec.container, mounts, launch.environment, gpus=bool(spec.gpus_per_node)),
+            *command,
+        ]
     return command
 
 
@@ -89,7 +92,7 @@ def escape_pattern(path: str) -> str:
 
 
 def _pyxis(container: Container, mounts: Sequence[Path], environment: Mapping[str, str]) -> list[str]:
-    """Pyxis' flags. --container-env names our variables: without it the image's own ENV wins silently (NeMo-Run#128)."""
+    """Pyxis' flags. --container-env names our variables: without it the image's own ENV silently wins (NeMo-Run#128)."""
     every = [f"{mount}:{mount}" for mount in mounts] + list(container.mounts)
     return [
         f"--container-image={container.image}",
@@ -150,7 +153,9 @@ class LocalStep:
         self._exits: list[TaskExit] = []
         self._terminated_at: float | None = None
         self._attached, self._folder = attached, launch.repository
-        self._logs = [launch.attempt_dir / (f"agent-{n}.log" if torchrun else f"rank-{n}.log") for n in range(count)]
+        self._logs = [
+            launch.attempt_dir / (f"agent-{n}.log" if torchrun else f"rank-{n}.log") for n in range(count)
+        ]
         for number, log in enumerate(self._logs):
             ranks = {
                 "SUBMITIT_LOCAL_GLOBALID": str(number),
@@ -159,7 +164,9 @@ class LocalStep:
             }
             self._processes.append(self._run(command, {**environment, **launch.environment, **ranks}, log))
 
-    def _run(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    def _run(
+        self, command: Sequence[str], environment: Mapping[str, str], log: Path
+    ) -> subprocess.Popen[bytes]:
         if self._attached:  # the debugger's prompt needs this terminal: same session, stdin and stdout
             return subprocess.Popen(command, env=environment, cwd=self._folder)
         with open(log, "ab") as output:
@@ -207,7 +214,12 @@ class LocalStep:
                 os.killpg(process.pid, number)
 
     def last_lines(self) -> list[str]:
-        return [line for log in self._logs if log.exists() for line in log.read_text(errors="replace").splitlines()[-5:]]
+        return [
+            line
+            for log in self._logs
+            if log.exists()
+            for line in log.read_text(errors="replace").splitlines()[-5:]
+        ]
 
     def task_exits(self) -> list[TaskExit]:
         return list(self._exits)

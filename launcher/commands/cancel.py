@@ -6,8 +6,8 @@ import argparse
 import signal
 
 from launcher import runs, slurm, status
-from launcher.cluster_commands import use_cluster
-from launcher.paths import run_root
+from launcher.cluster_commands import use_cluster_of
+from launcher.paths import known_run_roots
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    found = runs.find(run_root(), options.run)
-    use_cluster(found.spec().cluster)
+    found = runs.find(known_run_roots(), options.run)
+    use_cluster_of(found)
     current = status.status_of(found)
     if current.is_over:
         print(f"run {found.id} is already {current.state}: {current.reason}")
@@ -27,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"run {found.id}: its controller has not started yet or is gone; try again in a second")
         return 1
     print(
-        f"run {found.id} is being cancelled (job {current.job_id}); it can go on later: python -m launcher resume {found.id}"
+        f"run {found.id} is being cancelled (job {current.job_id}); "
+        f"it can go on later: python -m launcher resume {found.id}"
     )
     return 0

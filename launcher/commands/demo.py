@@ -11,7 +11,7 @@ from rich.console import Console
 from launcher import box, runs
 from launcher.commands import submit
 from launcher.machine import box_name
-from launcher.paths import run_root
+from launcher.paths import known_run_roots
 
 RECIPE = "ch4_fsdp"
 NODES = 2
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     )
     status = submit.run(argparse.Namespace(words=words, dry_run=False, wait=True, json=False))
     if status == 0:
-        latest = runs.find(run_root(), None)
+        latest = runs.find(known_run_roots(), None)
         console.print("\nNext:", highlight=False)
         for command in _next_commands(cluster, latest.id):
             console.print(f"  {command}", highlight=False, soft_wrap=True)

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from launcher import runs, status
-from launcher.cluster_commands import use_cluster
-from launcher.paths import run_root
+from launcher.cluster_commands import use_cluster_of
+from launcher.paths import known_run_roots
 from launcher.slurm import SlurmError
 from launcher.spec import UserError
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    found = runs.find(run_root(), options.run)
+    found = runs.find(known_run_roots(), options.run)
     reader = _Reader()
     if not options.follow:
         shown = [path for path in _files(found, options) if path.exists()]
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         for path in shown:
             reader.show(path, header=len(shown) > 1)
         return 0
-    use_cluster(found.spec().cluster)
+    use_cluster_of(found)
     asked, over = 0.0, False
     while True:
         for path in _files(found, options):

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from launcher import progress, runs, slurm
 from launcher import status as run_status
-from launcher.cluster_commands import use_cluster
-from launcher.paths import run_root
+from launcher.cluster_commands import use_cluster_of
+from launcher.paths import known_run_roots
 from launcher.spec import UserError
 
 SHOWN = 20
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     if options.all:
         return _show_all(options, console)
-    found = runs.find(run_root(), options.run)
+    found = runs.find(known_run_roots(), options.run)
     current = _ask(found)
     if options.json:
         print(json.dumps(current.as_json(), ensure_ascii=False))
@@ -44,7 +44,7 @@ def _ask(found: runs.Run) -> run_status.RunStatus:
     record.
     """
     try:
-        use_cluster(found.spec().cluster)
+        use_cluster_of(found)
         return run_status.status_of(found)
     except (UserError, slurm.SlurmError) as error:
         record, spec, metrics = found.state(), found.spec(), runs.last_metrics(found)
@@ -59,7 +59,7 @@ def _ask(found: runs.Run) -> run_status.RunStatus:
 
 
 def _show_all(options: argparse.Namespace, console: Console) -> int:
-    listed = [_ask(each) for each in runs.all_runs(run_root())[-options.limit :]]
+    listed = [_ask(each) for each in runs.all_runs(known_run_roots())[-options.limit :]]
     if options.json:
         print(json.dumps([each.as_json() for each in listed], ensure_ascii=False))
         return 0

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from launcher import codeversion, executors, progress, proven, runs, status
-from launcher.cluster_commands import use_cluster
-from launcher.config import compose, compose_sweep
-from launcher.paths import REPOSITORY, run_root
+from launcher import codeversion, progress, proven, runs, status
+from launcher.cluster_commands import use_cluster, use_cluster_of
+from launcher.config import Composed, compose_points
+from launcher.paths import REPOSITORY, known_run_roots, remember_run_root, run_root
 from launcher.render import render
 from launcher.spec import JobSpec, UserError
 from launcher.submittable import check_submittable
@@ -43,43 +43,44 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     console = Console(stderr=options.json)
-    specs = compose_sweep(options.words)
-    for spec in specs:
-        use_cluster(spec.cluster)
-        check_submittable(spec)
-    for warning in dict.fromkeys(line for spec in specs for line in proven.unproven_options(spec)):
+    points = compose_points(options.words)
+    for note in dict.fromkeys(point.note for point in points if point.note):
+        console.print(note, highlight=False, soft_wrap=True)
+    for point in points:
+        use_cluster(point.spec.cluster)
+        check_submittable(point.spec)
+    for warning in dict.fromkeys(line for point in points for line in proven.unproven_options(point.spec)):
         console.print(f"[yellow]warning[/]: {warning}", highlight=False, soft_wrap=True)
     if options.dry_run:
-        for spec in specs:
-            print(render(spec, words=options.words), end="")
+        for point in points:
+            print(render(point.spec, words=point.words), end="")
         return 0
-    started = [_start_new(spec, options.words, options, console) for spec in specs]
+    started = [_start_new(point, options, console) for point in points]
     return _wait_for(started, options, console)
 
 
 def resume(options: argparse.Namespace) -> int:
     """Submit an existing run again: it continues from its newest checkpoint in the same directory."""
     console = Console(stderr=options.json)
-    words = list(options.words)
-    name = options.run
+    name, changes = options.run, list(options.words)
     if name is not None and "=" in name:  # `resume nodes=2`: the first word is a change, not a run
-        name, words = None, [name, *words]
-    found = runs.find(run_root(), name)
-    use_cluster(found.spec().cluster)
+        name, changes = None, [name, *changes]
+    found = runs.find(known_run_roots(), name)
+    use_cluster_of(found)
     now = status.status_of(found)
     if not now.is_over and now.state != "unsubmitted":
         raise UserError(f"run {found.id} is {now.state} (job {now.job_id}); cancel it first, or wait for it")
-    if words:
-        spec = compose(_merged(found.info()["words"], words))
-        if spec.recipe != found.spec().recipe:
+    spec = found.spec()
+    if changes:
+        (point,) = compose_points(_merged(found.info()["words"], changes))
+        if point.spec.recipe != spec.recipe:
             raise UserError(
-                f"recipe={spec.recipe}: run {found.id} is a {found.spec().recipe}; submit a new run instead"
+                f"recipe={point.spec.recipe}: run {found.id} is a {spec.recipe}; submit a new run instead"
             )
+        spec = point.spec
+        use_cluster(spec.cluster)
+        check_submittable(spec)
         found.write_spec(spec)
-    else:
-        spec = found.spec()
-    use_cluster(spec.cluster)
-    check_submittable(spec)
     _submit(found, spec, options, console)
     return _wait_for([found], options, console)
 
@@ -90,20 +91,23 @@ def _merged(words: Sequence[str], changes: Sequence[str]) -> list[str]:
     return [*(word for word in words if word.partition("=")[0] not in keys), *changes]
 
 
-def _start_new(
-    spec: JobSpec, words: Sequence[str], options: argparse.Namespace, console: Console
-) -> runs.Run:
-    new = runs.create(run_root(spec.run_root), spec, words)
+def _start_new(point: Composed, options: argparse.Namespace, console: Console) -> runs.Run:
+    root = run_root(point.spec.run_root)
+    new = runs.create(root, point.spec, point.words)
     try:
         codeversion.record_code(REPOSITORY, new.path)
-        _submit(new, spec, options, console)
+        _submit(new, point.spec, options, console)
     except UserError:
         shutil.rmtree(new.path)  # nothing was submitted: leave no empty run behind
         raise
+    if point.spec.run_root:
+        remember_run_root(root)
     return new
 
 
 def _submit(new: runs.Run, spec: JobSpec, options: argparse.Namespace, console: Console) -> None:
+    from launcher import executors  # submitit: a fifth of a second that --help and mistakes need not wait for
+
     job_id = executors.submit(new, spec)
     if options.json:
         print(

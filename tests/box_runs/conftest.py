@@ -14,6 +14,11 @@ from tests.box_runs.support import Launcher
 @pytest.fixture
 def launcher(box: box_module.Box, tmp_path: Path) -> Launcher:
     run_root = tmp_path / "runs of a user"
-    environment = {**os.environ, **box_module.environment(box), "LAUNCHER_BOX": box.name, "LAUNCHER_RUNS": str(run_root)}
+    environment = {
+        **os.environ,
+        **box_module.environment(box),
+        "LAUNCHER_BOX": box.name,
+        "LAUNCHER_RUNS": str(run_root),
+    }
     environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return Launcher(environment, run_root)

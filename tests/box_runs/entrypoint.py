@@ -13,7 +13,15 @@ from pathlib import Path
 def main() -> None:
     options = dict(word.split("=", 1) for word in sys.argv[1:])
     rank = int(os.environ["RANK"])
-    contract = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    contract = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
     seen = {name: os.environ[name] for name in (*contract, "RUN_DIR", "ATTEMPT")}
     seen["node"] = os.environ.get("SLURMD_NODENAME", "")
     folder = Path(os.environ["RUN_DIR"])

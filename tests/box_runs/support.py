@@ -28,11 +28,14 @@ class Launcher:
     environment: Mapping[str, str]
     run_root: Path
 
-    def __call__(self, *words: str, status: int | None = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, *words: str, status: int | None = 0, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run one command; `status` is the exit status that the caller promises, None for any."""
         done = subprocess.run(
             [sys.executable, "-m", "launcher", *words],
-            env=self.environment, cwd=cwd or REPOSITORY, capture_output=True, text=True, check=False, timeout=WAIT_SECONDS,
+            env=self.environment, cwd=cwd or REPOSITORY, capture_output=True, text=True, check=False,
+            timeout=WAIT_SECONDS,
         )  # fmt: skip
         if status is not None:
             assert done.returncode == status, f"launcher {' '.join(words)}\n{done.stdout}\n{done.stderr}"
@@ -49,10 +52,10 @@ class Launcher:
 
     def run_of(self, submitted: subprocess.CompletedProcess[str]) -> runs.Run:
         """The run that a `submit --json` answered with."""
-        return runs.find(self.run_root, json.loads(submitted.stdout.splitlines()[0])["run"])
+        return runs.find([self.run_root], json.loads(submitted.stdout.splitlines()[0])["run"])
 
     def only_run(self) -> runs.Run:
-        found = runs.all_runs(self.run_root)
+        found = runs.all_runs([self.run_root])
         assert len(found) == 1, found
         return found[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from launcher import runs
 from launcher.paths import REPOSITORY
 from tests.box_runs.support import FAST, Launcher, ended, losses, wait_until
@@ -47,7 +48,14 @@ def compare(found: list[float], reference: dict[str, list[float]]) -> None:
 def test_launcher_submit(
     launcher: Launcher, recipe: str, nodes: int, launch: str, loss_of_one_process: dict[str, list[float]]
 ) -> None:
-    words = [f"recipe={recipe}", "cluster=box", f"nodes={nodes}", f"launch={launch}", "tasks_per_node=1", *FAST]
+    words = [
+        f"recipe={recipe}",
+        "cluster=box",
+        f"nodes={nodes}",
+        f"launch={launch}",
+        "tasks_per_node=1",
+        *FAST,
+    ]
     done = launcher("submit", *words, "--wait")
     assert "done: all ranks finished" in done.stdout
     check(launcher.only_run(), nodes, launch)
@@ -65,6 +73,6 @@ def test_sbatch_of_the_rendered_file(
     file.write_text(launcher("render", *words).stdout)
     log = tmp_path / "job.log"
     launcher.slurm("sbatch", f"--nodes={nodes}", f"--output={log}", str(file), *FAST, cwd=REPOSITORY)
-    wait_until(lambda: runs.all_runs(launcher.run_root), f"the run directory; {log}")
+    wait_until(lambda: runs.all_runs([launcher.run_root]), f"the run directory; {log}")
     check(launcher.only_run(), nodes, launch)
     compare(losses(launcher.only_run()), loss_of_one_process)

@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 from launcher import executors, runs
 from launcher.cluster_commands import use_cluster
+from launcher.spec import JobSpec
 spec = JobSpec.from_json(sys.stdin.read())
 use_cluster(spec.cluster)
 run = runs.create(Path(sys.argv[1]), spec, [])
@@ -70,7 +71,9 @@ def test_two_runs_on_the_same_nodes_at_once_do_not_meet(launcher: Launcher) -> N
     started, over = max(r["tasks_started"] for r in records), min(r["ended"] for r in records)
     assert started < over, "the runs were one after the other"
     assert len({seen(run)[0]["MASTER_PORT"] for run in both}) == 2
-    assert [(run.path / "attempt-01" / "rank-0.log").read_text().strip()[-5:] for run in both] == ["sum 2"] * 2
+    assert [(run.path / "attempt-01" / "rank-0.log").read_text().strip()[-5:] for run in both] == [
+        "sum 2"
+    ] * 2
 
 
 def test_a_run_submitted_from_inside_a_job_inherits_nothing_of_it(launcher: Launcher, tmp_path: Path) -> None:
@@ -142,7 +145,8 @@ def test_a_job_cancelled_while_it_waits_never_started(launcher: Launcher) -> Non
     assert json.loads(launcher("status", "--json").stdout)["state"] == "pending"
     launcher("cancel")
     state = wait_until(
-        lambda: (found := json.loads(launcher("status", "--json").stdout))["state"] == "cancelled" and found, "the end"
+        lambda: (found := json.loads(launcher("status", "--json").stdout))["state"] == "cancelled" and found,
+        "the end",
     )
     assert state["attempts"] == 0
     assert run.attempts() == []
@@ -155,15 +159,21 @@ def test_the_time_limit_is_named(launcher: Launcher) -> None:
     assert (record["state"], record["reason"]) == ("timeout", "the time limit was reached")
 
 
-def test_a_requeued_job_goes_on_in_the_same_run_with_logs_kept(launcher: Launcher, sleeping: runs.Run) -> None:
+def test_a_requeued_job_goes_on_in_the_same_run_with_logs_kept(
+    launcher: Launcher, sleeping: runs.Run
+) -> None:
     job = sleeping.jobs()[-1]["job_id"]
     launcher.slurm("scontrol", "requeue", job)
     assert ended(sleeping)["state"] == "requeued"
-    assert json.loads(launcher("status", sleeping.id, "--json").stdout)["state"] in ("pending", "starting", "running")
+    assert json.loads(launcher("status", sleeping.id, "--json").stdout)["state"] in (
+        "pending",
+        "starting",
+        "running",
+    )
     wait_until(lambda: [item["ATTEMPT"] for item in seen(sleeping)] == ["2", "2"], "the second attempt")
     launcher("cancel", sleeping.id)
     assert [ended(sleeping, n)["state"] for n in (1, 2)] == ["requeued", "cancelled"]
-    assert len(runs.all_runs(launcher.run_root)) == 1
+    assert len(runs.all_runs([launcher.run_root])) == 1
     log = (sleeping.submitit_folder / f"{job}_0_log.out").read_text()
     assert "attempt 1:" in log
     assert "attempt 2:" in log
@@ -171,9 +181,11 @@ def test_a_requeued_job_goes_on_in_the_same_run_with_logs_kept(launcher: Launche
 
 def test_a_requeued_sbatch_job_finds_its_own_run(launcher: Launcher, tmp_path: Path) -> None:
     file = tmp_path / "ch3_ddp.sbatch"
-    file.write_text(launcher("render", "recipe=ch3_ddp", "cluster=box", "tasks_per_node=1", "args.steps=100000").stdout)
+    file.write_text(
+        launcher("render", "recipe=ch3_ddp", "cluster=box", "tasks_per_node=1", "args.steps=100000").stdout
+    )
     said = launcher.slurm("sbatch", "--parsable", f"--output={tmp_path}/log", str(file))
-    wait_until(lambda: runs.all_runs(launcher.run_root), "the run")
+    wait_until(lambda: runs.all_runs([launcher.run_root]), "the run")
     run = launcher.only_run()
     wait_until(lambda: losses(run), "the first step")
     launcher.slurm("scontrol", "requeue", said.strip())
@@ -218,31 +230,41 @@ def test_a_sweep_is_one_run_each(launcher: Launcher) -> None:
     words = ["recipe=ch3_ddp", "cluster=box", "nodes=1", "tasks_per_node=1", *FAST, "args.lr=1e-4,3e-4"]
     answered = [json.loads(line) for line in launcher("submit", "--json", *words).stdout.splitlines()]
     assert len(answered) == 2
-    found = [runs.find(launcher.run_root, each["run"]) for each in answered]
+    found = [runs.find([launcher.run_root], each["run"]) for each in answered]
     assert [ended(run)["state"] for run in found] == ["done", "done"]
     assert [run.spec().args["lr"] for run in found] == [1e-4, 3e-4]
 
 
 def test_what_sbatch_refuses_is_one_line_and_leaves_no_run(launcher: Launcher) -> None:
-    refused = launcher("submit", "recipe=ch3_ddp", "cluster=box", "nodes=99", status=2)
-    assert re.fullmatch(r"error: sbatch refused the job: sbatch: error: .*\n", refused.stderr), refused.stderr
-    assert runs.all_runs(launcher.run_root) == []
+    refused = launcher("submit", "recipe=ch3_ddp", "cluster=box", "partition=nowhere", status=2)
+    assert refused.stderr == (
+        "error: sbatch refused the job: sbatch: error: Batch job submission failed: Invalid partition name specified\n"
+    )
+    assert runs.all_runs([launcher.run_root]) == []
 
 
-def test_a_mistake_in_the_words_of_sbatch_is_found_before_any_task(launcher: Launcher, tmp_path: Path) -> None:
+def test_a_mistake_in_the_words_of_sbatch_is_found_before_any_task(
+    launcher: Launcher, tmp_path: Path
+) -> None:
     file = tmp_path / "ch3_ddp.sbatch"
     file.write_text(launcher("render", "recipe=ch3_ddp", "cluster=box", "nodes=1").stdout)
     log = tmp_path / "log"
     for word, message in [
         ("args.stepz=4", "launcher: args.stepz: ch3_ddp has no such argument; did you mean args.steps?"),
-        ("nodes=3", "launcher: nodes=3: the job already has nodes=1; use sbatch --nodes=3 jobs/ch3_ddp.sbatch"),
-        ("recipe=ch4_fsdp", "launcher: recipe=ch4_fsdp: this job file is for recipe=ch3_ddp; use sbatch jobs/ch4_fsdp.sbatch"),
+        (
+            "nodes=3",
+            "launcher: nodes=3: the job already has nodes=1; use sbatch --nodes=3 jobs/ch3_ddp.sbatch",
+        ),
+        (
+            "recipe=ch4_fsdp",
+            "launcher: recipe=ch4_fsdp: this job file is for recipe=ch3_ddp; use sbatch jobs/ch4_fsdp.sbatch",
+        ),
     ]:
         log.unlink(missing_ok=True)
         launcher.slurm("sbatch", f"--output={log}", str(file), word)
         wait_until(lambda: log.exists() and log.read_text().endswith("\n"), f"the error of {word}")
         assert log.read_text().splitlines() == [message]
-    assert runs.all_runs(launcher.run_root) == []
+    assert runs.all_runs([launcher.run_root]) == []
 
 
 def test_preflight_stops_a_job_whose_nodes_lack_gpus(launcher: Launcher) -> None:
@@ -286,4 +308,3 @@ def test_thirty_two_nodes_run_a_job(tmp_path: Path) -> None:
         assert len(set(out.split())) == 32
     finally:
         box.down(large.name)
-

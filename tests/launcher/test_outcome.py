@@ -62,7 +62,9 @@ def test_a_run_that_finished_is_done_even_when_the_job_is_cancelled_a_moment_lat
 
 
 def test_a_signal_to_the_controller_is_no_failure_of_the_recipe() -> None:
-    ending = Ending(exit_code=143, stop_signal="SIGTERM", task_exits=(TaskExit("localhost", (0,), None, "Terminated"),))
+    ending = Ending(
+        exit_code=143, stop_signal="SIGTERM", task_exits=(TaskExit("localhost", (0,), None, "Terminated"),)
+    )
     assert classify(ending) == Outcome("cancelled", "the controller received SIGTERM")
 
 

@@ -41,22 +41,22 @@ def test_the_recipe_gets_its_arguments_as_words() -> None:
 def test_a_run_is_found_by_prefix_by_folder_name_by_path_and_as_the_latest(tmp_path: Path) -> None:
     first = runs.create(tmp_path, spec(), [])
     latest = runs.create(tmp_path, spec(recipe="ch3_ddp"), [])
-    assert runs.find(tmp_path, None) == latest
-    assert runs.find(tmp_path, first.id) == first
-    assert runs.find(tmp_path, first.path.name) == first
-    assert runs.find(tmp_path, str(first.path)) == first
-    assert runs.find(tmp_path, "ch3") == latest
+    assert runs.find([tmp_path], None) == latest
+    assert runs.find([tmp_path], first.id) == first
+    assert runs.find([tmp_path], first.path.name) == first
+    assert runs.find([tmp_path], str(first.path)) == first
+    assert runs.find([tmp_path], "ch3") == latest
 
 
 def test_an_ambiguous_or_unknown_name_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run under"):
-        runs.find(tmp_path, None)
+    with pytest.raises(UserError, match="no run in"):
+        runs.find([tmp_path], None)
     for _ in range(2):
         runs.create(tmp_path, spec(), [])
     with pytest.raises(UserError, match="'ch4' is the start of 2 runs"):
-        runs.find(tmp_path, "ch4")
+        runs.find([tmp_path], "ch4")
     with pytest.raises(UserError, match="no run 'zzz'"):
-        runs.find(tmp_path, "zzz")
+        runs.find([tmp_path], "zzz")
 
 
 def test_two_controllers_at_once_get_two_attempts(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ def shape(spec: JobSpec) -> tuple[int, int, int, int]:
     [
         ("", (2, 8, 8, 12)),
         ("nodes=4", (4, 8, 8, 12)),
-        ("tasks_per_node=4", (2, 4, 4, 24)),
-        ("gpus_per_node=4", (2, 4, 4, 24)),
+        ("tasks_per_node=4", (2, 4, 4, 12)),
+        ("gpus_per_node=4", (2, 4, 4, 12)),
         ("gpus_per_node=8 tasks_per_node=1", (2, 1, 8, 96)),
         ("gpus_per_node=0", (2, 1, 0, 96)),
         ("gpus_per_node=0 tasks_per_node=16", (2, 16, 0, 6)),
@@ -78,7 +78,7 @@ def test_without_gpus_two_ranks_run_on_cpus(checkout: SampleCheckout) -> None:
 
 
 def test_a_recipe_for_one_rank_gets_one_rank_on_a_large_node(checkout: SampleCheckout) -> None:
-    assert shape(checkout.compose("recipe=ch1_baseline", "cluster=slurm")) == (1, 1, 1, 1)
+    assert shape(checkout.compose("recipe=ch1_baseline", "cluster=slurm")) == (1, 1, 1, 8)
 
 
 def test_debug_runs_one_task(checkout: SampleCheckout) -> None:

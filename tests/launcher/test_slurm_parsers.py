@@ -67,9 +67,18 @@ def test_task_ends_are_read_from_srun() -> None:
     ("line", "cause"),
     [
         ("slurmstepd-n1: error: *** JOB 8 ON n1 CANCELLED AT 2026-11-21T08:32:52 ***", "CANCELLED"),
-        ("slurmstepd-n1: error: *** JOB 9 ON n1 CANCELLED AT 2026-11-21T08:34:42 DUE TO TIME LIMIT ***", "TIMEOUT"),
-        ("slurmstepd-n1: error: *** JOB 10 ON n1 CANCELLED AT 2026-11-21T08:33:37 DUE TO JOB REQUEUE ***", "REQUEUED"),
-        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-21T08:33:37 DUE TO PREEMPTION ***", "PREEMPTED"),
+        (
+            "slurmstepd-n1: error: *** JOB 9 ON n1 CANCELLED AT 2026-11-21T08:34:42 DUE TO TIME LIMIT ***",
+            "TIMEOUT",
+        ),
+        (
+            "slurmstepd-n1: error: *** JOB 10 ON n1 CANCELLED AT 2026-11-21T08:33:37 DUE TO JOB REQUEUE ***",
+            "REQUEUED",
+        ),
+        (
+            "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-21T08:33:37 DUE TO PREEMPTION ***",
+            "PREEMPTED",
+        ),
         (
             "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-21T08:33:37 DUE TO NODE FAILURE, "
             "SEE SLURMCTLD LOG FOR DETAILS ***",

@@ -15,11 +15,11 @@ from launcher.config import compose
 from launcher.spec import Container, JobSpec, UserError
 from launcher.steps import Launch, LocalStep, srun_command, task_command
 
-ALLOCATION = Allocation("12", "hopper", ("n1", "n2"), 8, 12, 8)
+ALLOCATION = Allocation("12", "hopper", ("n1", "n2"), 8, 8, 8)
 
 
 def launch(spec: JobSpec | None = None, *, tmp: Path = Path("/runs/a b 100%"), **changes: object) -> Launch:
-    spec = spec or compose(["recipe=ch4_fsdp", "cluster=slurm", "cpus_per_task=12"])
+    spec = spec or compose(["recipe=ch4_fsdp", "cluster=slurm", "cpus_per_task=8"])
     spec = dataclasses.replace(fit(spec, ALLOCATION), **changes)  # type: ignore[arg-type]
     environment = {"RUN_DIR": str(tmp), "NCCL_SOCKET_IFNAME": "eth0"}
     return Launch(
@@ -33,7 +33,7 @@ def test_one_task_per_rank_with_every_size_on_the_command_line() -> None:
         "--nodes=2",
         "--ntasks=16",
         "--ntasks-per-node=8",
-        "--cpus-per-task=12",
+        "--cpus-per-task=8",
         "--kill-on-bad-exit=1",
     ):
         assert flag in command
@@ -51,7 +51,7 @@ def test_srun_options_are_key_equals_value() -> None:
 
 def test_torchrun_is_one_task_per_node_with_all_of_its_cpus() -> None:
     command = srun_command(launch(launch="torchrun"))
-    for flag in ("--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=96", "--workers=8"):
+    for flag in ("--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=64", "--workers=8"):
         assert flag in command
 
 
@@ -129,7 +129,7 @@ def wait(step: LocalStep, seconds: float = 20.0) -> int:
 def test_a_failing_task_ends_the_others(tmp_path: Path) -> None:
     step = local(tmp_path, "sys.exit(7) if rank == 1 else time.sleep(60)")
     assert wait(step) == 7
-    assert [(exit_.tasks, exit_.exit_code) for exit_ in step.task_exits()][0] == ((1,), 7)
+    assert next((exit_.tasks, exit_.exit_code) for exit_ in step.task_exits()) == ((1,), 7)
 
 
 def test_a_killed_task_is_reported_by_its_signal(tmp_path: Path) -> None:
