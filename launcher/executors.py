@@ -6,6 +6,8 @@ recipe. Importing submitit costs 0.2 s, so only commands that submit import this
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -53,14 +55,21 @@ class RenderedSlurmExecutor(submitit.SlurmExecutor):
         return ["env", *forget, "sbatch", str(submission_file_path)]
 
     def submit_script(self) -> RenderedSlurmJob:
-        """Submit. Raises UserError with sbatch's own last line when it refuses."""
+        """Submit. Raises UserError with sbatch's own words when it refuses."""
         try:
-            job = self._submit_command("")
+            # submitit prints sbatch's complaint before it raises with it; one of the two is enough.
+            with contextlib.redirect_stderr(io.StringIO()):
+                job = self._submit_command("")
         except (FailedJobError, FailedSubmissionError) as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise UserError(f"sbatch refused the job: {lines[-1] if lines else 'no message'}") from error
+            raise UserError(f"sbatch refused the job: {_complaint(str(error))}") from error
         assert isinstance(job, RenderedSlurmJob)
         return job
+
+
+def _complaint(complaint: str) -> str:
+    """sbatch's first error line, which says what is wrong; its last one only that the submission failed."""
+    lines = [line.removeprefix("sbatch: error: ") for line in complaint.splitlines() if line.strip()]
+    return lines[0] if lines else "no message"
 
 
 def script_for(run: runs.Run, spec: JobSpec) -> str:

@@ -12,6 +12,9 @@ from launcher.box.gpus import Gpu
 _FIRST_NODE_ADDRESS = IPv4Address("127.0.0.11")
 MAX_NODES = 1000
 
+JOB_MARKER = "BOX_JOB"
+"""Variable that every job of a box has, and nothing else: the path of the box's slurm.conf."""
+
 PREEMPT_GRACE_SECONDS = 10
 KILL_WAIT_SECONDS = 10
 NODE_MEMORY_MB = 1_000_000
@@ -165,20 +168,24 @@ def cgroup_conf() -> str:
 def task_prolog(layout: Layout) -> str:
     """Shell script that Slurm runs before each task and each batch script; its `export` lines reach the task.
 
-    It puts the box's commands on a PATH that lost them (`sbatch --export=NONE`), and says which GPUs of the
-    machine the task has: every slurmd numbers its own from 0, so all nodes would share the first. As on a
-    cluster that fences devices off, a task without GPUs sees none.
+    It marks the job as the box's, puts the box's commands on a PATH that lost them (`sbatch --export=NONE`),
+    and says which GPUs of the machine the task has: every slurmd numbers its own from 0, so all nodes would
+    share the first. As on a cluster that fences devices off, a task without GPUs sees none.
     """
     shares = [
         f"{node.name}) set -- {shlex.join(gpu.cuda_name for gpu in node.gpus)} ;;"
         for node in layout.nodes
         if node.gpus
     ]
-    return _TASK_PROLOG.format(bin=shlex.quote(str(layout.bin_dir)), shares="\n    ".join(shares))
+    marker = shlex.quote(f"export {JOB_MARKER}={layout.slurm_conf}")
+    return _TASK_PROLOG.format(
+        marker=marker, bin=shlex.quote(str(layout.bin_dir)), shares="\n    ".join(shares)
+    )
 
 
 _TASK_PROLOG = """\
 #!/bin/sh
+echo {marker}
 bin={bin}
 case ":$PATH:" in
     *":$bin:"*) ;;

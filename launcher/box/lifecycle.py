@@ -100,7 +100,7 @@ def up(
                     raise UserError(f"box {name!r} runs with {have}, not {shape}; {_end_it(name)}")
                 say(f"box {name!r} is up already")
                 return box
-            if processes.of_box(paths.state_dir(name) / "slurm.conf", _cluster(name), paths.packages_root()):
+            if processes.of_box(paths.state_dir(name) / "slurm.conf", paths.packages_root()):
                 # It may be slow only, and its jobs alive: nobody asked to end them.
                 raise BoxUnavailable(f"box {name!r} runs but does not answer; {_end_it(name)}")
             say(f"clearing away what box {name!r} left when it died")
@@ -120,8 +120,7 @@ def down(name: str = "default") -> bool:
             return False
         if record := _record(name):
             _require_this_host(name, record)
-        own_conf = os.environ.get("SLURM_CONF") == str(folder / "slurm.conf")
-        if own_conf and os.environ.get("SLURM_CLUSTER_NAME") == _cluster(name):
+        if os.environ.get(config.JOB_MARKER) == str(folder / "slurm.conf"):
             raise UserError(f"this is a job of box {name!r}: bring the box down from outside of it")
         _clear(name)
         return True
@@ -177,7 +176,7 @@ def _plan(
 
 def _start(name: str, shape: Shape, shares: _Shares, unpacked: Packages) -> Box:
     """Write the box's folder and start its daemons, again with other ports if somebody else was faster."""
-    plan = Plan(_cluster(name), paths.state_dir(name), shape.cpus_per_node, shape.accounting, shares)
+    plan = Plan(f"box-{name}", paths.state_dir(name), shape.cpus_per_node, shape.accounting, shares)
     for attempt in range(1, _START_ATTEMPTS + 1):
         layout = startup.lay_out(plan, unpacked)
         try:
@@ -206,10 +205,6 @@ def _note(name: str, shape: Shape) -> None:
 
 def _end_it(name: str) -> str:
     return f"use another --name, or end it with: python -m launcher box down --name {name}"
-
-
-def _cluster(name: str) -> str:
-    return f"box-{name}"
 
 
 def _lock() -> contextlib.AbstractContextManager[None]:
@@ -252,6 +247,6 @@ def _require_this_host(name: str, record: Mapping[str, Any]) -> None:
 def _clear(name: str) -> None:
     """Kill what is left of a box and remove its folder."""
     folder = paths.state_dir(name)
-    processes.kill_all(folder / "slurm.conf", _cluster(name), paths.packages_root())
+    processes.kill_all(folder / "slurm.conf", paths.packages_root())
     if paths.is_folder(folder):
         shutil.rmtree(folder)

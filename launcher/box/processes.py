@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from launcher.box.config import JOB_MARKER
 from launcher.box.packages import Packages
 
 _START_TIMEOUT_SECONDS = 60
@@ -73,26 +74,26 @@ def last_line(log: Path) -> str:
     return telling[-1].split("] ", 1)[-1].strip() if telling else ""
 
 
-def of_box(conf: Path, cluster: str, packages_root: Path) -> list[psutil.Process]:
+def of_box(conf: Path, packages_root: Path) -> list[psutil.Process]:
     """Everything that runs in or for the box, with all descendants; never this process.
 
     A shell in which somebody set SLURM_CONF to use the box is not part of it: daemons and commands are known
-    by SLURM_CONF and their program, jobs by SLURM_CONF and the cluster name that Slurm gives them.
+    by SLURM_CONF and their program, jobs by a variable that only jobs have.
     """
     found: set[psutil.Process] = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ended, or is another user's
-            if _belongs(process, conf, cluster, packages_root):
+            if _belongs(process, conf, packages_root):
                 found |= {process, *process.children(recursive=True)}
     return [process for process in found if process.pid != os.getpid() and _is_alive(process)]
 
 
-def _belongs(process: psutil.Process, conf: Path, cluster: str, packages_root: Path) -> bool:
+def _belongs(process: psutil.Process, conf: Path, packages_root: Path) -> bool:
     environment = process.environ()
+    if environment.get(JOB_MARKER) == str(conf):
+        return True
     if environment.get("SLURM_CONF") != str(conf):
         return False
-    if environment.get("SLURM_CLUSTER_NAME") == cluster:
-        return True
     # The commands' wrappers start them through the dynamic linker: the program is then an argument.
     return any(Path(word).is_relative_to(packages_root) for word in (process.exe(), *process.cmdline()))
 
@@ -103,14 +104,14 @@ def _is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def kill_all(conf: Path, cluster: str, packages_root: Path) -> None:
+def kill_all(conf: Path, packages_root: Path) -> None:
     """Kill every process of the box and return when none is left.
 
     Looks again after each round, since a daemon may have started a process in between. Raises DaemonFailed if
     some survive (a process that waits for a dead network file system, say).
     """
     deadline = time.monotonic() + _KILL_TIMEOUT_SECONDS
-    while alive := of_box(conf, cluster, packages_root):
+    while alive := of_box(conf, packages_root):
         if time.monotonic() > deadline:
             raise DaemonFailed(f"processes {sorted(process.pid for process in alive)} do not end")
         for process in alive:

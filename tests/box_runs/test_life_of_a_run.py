@@ -237,9 +237,7 @@ def test_a_sweep_is_one_run_each(launcher: Launcher) -> None:
 
 def test_what_sbatch_refuses_is_one_line_and_leaves_no_run(launcher: Launcher) -> None:
     refused = launcher("submit", "recipe=ch3_ddp", "cluster=box", "partition=nowhere", status=2)
-    assert refused.stderr == (
-        "error: sbatch refused the job: sbatch: error: Batch job submission failed: Invalid partition name specified\n"
-    )
+    assert refused.stderr == ("error: sbatch refused the job: invalid partition specified: nowhere\n")
     assert runs.all_runs([launcher.run_root]) == []
 
 
