@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,13 +40,14 @@ def test_up_twice_is_up_once(capsys: pytest.CaptureFixture[str]) -> None:
 def test_down_leaves_no_process_and_no_file() -> None:
     with brought_up(unique("down"), nodes=2) as box:
         # One child of the batch script forgets its environment and leads a session of its own.
-        script = "srun sleep 987 & env -i setsid sleep 987 & wait"
+        seconds = str(10_000_000 + os.getpid())  # tells these apart from other sessions' processes
+        script = f"srun sleep {seconds} & env -i setsid sleep {seconds} & wait"
         submit(box, "-N2", "--output=/dev/null", "--wrap", script)
         in_box(box, "srun", "-w", "n1,n2", "true")
-        wait_until(lambda: len(marked("sleep\n987")) >= 3, "the job's processes")
+        wait_until(lambda: len(marked(f"sleep\n{seconds}")) >= 3, "the job's processes")
         assert boxes.down(box.name)
         assert marked(str(box.state_dir)) == []
-        assert marked("sleep\n987") == []
+        assert marked(f"sleep\n{seconds}") == []
         assert not box.state_dir.exists()
         assert not boxes.down(box.name), "the second time there is nothing to do"
         assert boxes.find(box.name) is None
@@ -60,6 +62,16 @@ def test_a_shell_that_uses_the_box_survives_its_end() -> None:
         finally:
             shell.kill()
             shell.wait()
+
+
+def test_a_job_does_not_end_its_own_box(tmp_path: Path) -> None:
+    with brought_up(unique("inside"), nodes=1) as box:
+        command = [sys.executable, "-m", "launcher", "box", "down", "--name", box.name]
+        output = in_box(
+            box, "srun", "sh", "-c", f"{shlex.join(command)} 2>&1; true", PYTHONPATH=_import_path()[0]
+        )
+        assert "this is a job of box" in output
+        assert boxes.find(box.name)
 
 
 def test_what_a_dead_box_left_is_cleared_away() -> None:
@@ -87,7 +99,7 @@ def test_boxes_that_start_together_do_not_meet() -> None:
 
     def use(name: str) -> None:
         box = boxes.up(nodes=2, name=name, gpus=0)
-        found[name] = in_box(box, "srun", "-N2", "sh", "-c", "echo $SLURM_CLUSTER_NAME")
+        found[name] = in_box(box, "srun", "-N2", "sh", "-c", "echo $BOX_JOB")
 
     threads = [threading.Thread(target=use, args=(name,)) for name in [*names, *names]]
     try:
@@ -95,7 +107,7 @@ def test_boxes_that_start_together_do_not_meet() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert found == {name: f"box-{name}\n" * 2 for name in names}
+        assert found == {name: f"{paths.state_dir(name)}/slurm.conf\n" * 2 for name in names}
     finally:
         for name in names:
             boxes.down(name)
