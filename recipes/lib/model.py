@@ -1,0 +1,237 @@
+"""One Llama-type decoder in plain PyTorch, for every training recipe.
+
+Parameters carry the names that Hugging Face gives them (without the leading `model.`), and rotary positions
+pair dimension i with i + E/2 as Hugging Face does, so published weights load without permutation.
+
+Suffixes of tensor names are their dimensions:
+B batch, S sequence, T tokens (B and S flattened, or a chunk of them), D model width, H query heads, K
+key/value heads, E width of one head, F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from recipes.lib.model_sizes import ModelSize, RopeScaling
+
+IGNORE = -100
+"""Target of a position that is not trained on (padding): it adds neither to the loss nor to the count."""
+
+MAX_LOGITS = 2**29
+"""Logits held at once (2 GiB in float32); a longer batch is projected onto the vocabulary in chunks."""
+
+
+class Transformer(nn.Module):
+    """The whole decoder. Build it under `torch.device("meta")`, shard it, then call `materialize`.
+
+    `forward(tokens_BS)` gives the logits [B, S, V]; `forward(tokens_BS, targets_BS)` gives the *summed*
+    cross-entropy of all targets (a scalar, float32 or wider). It is a sum because the mean is over the global
+    batch: only the training loop knows how many tokens the other ranks and microbatches hold.
+    """
+
+    def __init__(self, size: ModelSize) -> None:
+        if size.vocab_size <= 0:
+            raise ValueError("the model needs a vocabulary: replace vocab_size=0 with the tokenizer's first")
+        super().__init__()
+        self.size = size
+        self.embed_tokens = nn.Embedding(size.vocab_size, size.width)
+        self.layers = nn.ModuleList(Block(size) for _ in range(size.layers))
+        self.norm = nn.RMSNorm(size.width, eps=size.norm_epsilon)
+        self.lm_head = Head(size)
+
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        rotation = rotary_table(self.size, tokens_BS.shape[1], tokens_BS.device)
+        x_BSD = self.embed_tokens(tokens_BS)
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, *rotation)
+        tied_VD = self.embed_tokens.weight if self.size.tied else None
+        output: Tensor = self.lm_head(self.norm(x_BSD), targets_BS, tied_VD)
+        return output
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, size: ModelSize) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(size.width, eps=size.norm_epsilon)
+        self.self_attn = Attention(size)
+        self.post_attention_layernorm = nn.RMSNorm(size.width, eps=size.norm_epsilon)
+        self.mlp = FeedForward(size)
+        # Set by `parallelism.checkpoint_activations`. A wrapper module would do the same but put its own name
+        # into every parameter's, and so into every checkpoint.
+        self.recompute: Callable[..., Any] | None = None
+
+    def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
+        if self.recompute is None or not torch.is_grad_enabled():
+            return self._layer(x_BSD, cos_SE, sin_SE)
+        output_BSD: Tensor = self.recompute(self._layer, x_BSD, cos_SE, sin_SE)
+        return output_BSD
+
+    def _layer(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_SE, sin_SE)
+        x_BSD = x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+        return x_BSD
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which groups of query heads share one key/value head."""
+
+    def __init__(self, size: ModelSize) -> None:
+        super().__init__()
+        self.head_dim = size.head_dim
+        self.grouped = size.kv_heads != size.heads
+        self.q_proj = nn.Linear(size.width, size.heads * size.head_dim, bias=False)
+        self.k_proj = nn.Linear(size.width, size.kv_heads * size.head_dim, bias=False)
+        self.v_proj = nn.Linear(size.width, size.kv_heads * size.head_dim, bias=False)
+        self.o_proj = nn.Linear(size.heads * size.head_dim, size.width, bias=False)
+
+    def forward(self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
+        def split_heads(flat: Tensor) -> Tensor:
+            return flat.view(*flat.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+        q_BHSE = rotate(split_heads(self.q_proj(x_BSD)), cos_SE, sin_SE)
+        k_BKSE = rotate(split_heads(self.k_proj(x_BSD)), cos_SE, sin_SE)
+        v_BKSE = split_heads(self.v_proj(x_BSD))
+        y_BHSE = F.scaled_dot_product_attention(
+            q_BHSE, k_BKSE, v_BKSE, is_causal=True, enable_gqa=self.grouped
+        )
+        output_BSD: Tensor = self.o_proj(y_BHSE.transpose(1, 2).flatten(2))
+        return output_BSD
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: a gate and a value, multiplied, projected back."""
+
+    def __init__(self, size: ModelSize) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size.width, size.ffn_width, bias=False)
+        self.up_proj = nn.Linear(size.width, size.ffn_width, bias=False)
+        self.down_proj = nn.Linear(size.ffn_width, size.width, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        output_BSD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
+        return output_BSD
+
+
+class Head(nn.Module):
+    """The projection onto the vocabulary and the loss over it.
+
+    Both in one module, so that no caller ever holds the logits of a whole batch: 16k tokens of Llama 3's
+    vocabulary are 8 GiB in float32, twice that with their gradient. A tied head owns no weight and is handed
+    the embedding's.
+    """
+
+    def __init__(self, size: ModelSize, max_logits: int = MAX_LOGITS) -> None:
+        super().__init__()
+        self.max_logits = max_logits
+        self.weight = None if size.tied else nn.Parameter(torch.empty(size.vocab_size, size.width))
+        # A field, so that `parallelism.compile_blocks` can put the compiled function here.
+        self.chunk_loss = summed_cross_entropy
+
+    def forward(self, x_BSD: Tensor, targets_BS: Tensor | None, tied_VD: Tensor | None = None) -> Tensor:
+        weight_VD = self.weight if tied_VD is None else tied_VD
+        assert weight_VD is not None, "an untied head owns its weight"
+        if targets_BS is None:
+            return F.linear(x_BSD, weight_VD)
+        x_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
+        chunks = math.ceil(targets_T.numel() * weight_VD.shape[0] / self.max_logits)
+        if chunks <= 1:
+            return self.chunk_loss(x_TD, weight_VD, targets_T)
+        # Each chunk's logits are recomputed in the backward pass: 2·D·V more FLOP per token (2% of
+        # Llama-3-8B's) buy a peak that does not grow with the batch.
+        losses = [
+            checkpoint(self.chunk_loss, x, weight_VD, targets, use_reentrant=False, preserve_rng_state=False)
+            for x, targets in zip(x_TD.chunk(chunks), targets_T.chunk(chunks), strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+def summed_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Cross-entropy of the projection of `x_TD`, summed over tokens; in float32, or wider if `x_TD` is."""
+    logits_TV = F.linear(x_TD, weight_VD)
+    exact_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    return F.cross_entropy(exact_TV, targets_T, ignore_index=IGNORE, reduction="sum")
+
+
+def rotary_table(size: ModelSize, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position and dimension, two [S, E] tensors in float32.
+
+    Computed in each forward pass (microseconds) instead of kept as a buffer: buffers on the meta device lose
+    their values, and under FSDP nothing else in the model is left unsharded.
+    """
+    half = torch.arange(0, size.head_dim, 2, device=device, dtype=torch.float64)
+    frequencies = size.rope_theta ** -(half / size.head_dim)
+    if size.rope_scaling is not None:
+        frequencies = _stretched(frequencies, size.rope_scaling)
+    positions = torch.arange(length, device=device, dtype=torch.float64)
+    angles = torch.outer(positions, frequencies).repeat(1, 2)
+    return angles.cos().float(), angles.sin().float()
+
+
+def _stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's scaling: slow dimensions are divided by the factor, fast ones kept, the rest blended."""
+    turns = scaling.original_context * frequencies / (2 * math.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotate(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
+    """Rotary positions. A bfloat16 `x` is promoted by the float32 tables and rounded once, at the end."""
+    first, second = x_BHSE.chunk(2, dim=-1)
+    turned = x_BHSE * cos_SE + torch.cat((-second, first), dim=-1) * sin_SE
+    return turned.to(x_BHSE.dtype)
+
+
+@torch.no_grad()
+def materialize(model: nn.Module, seed: int, device: torch.device, storage: str | None = None) -> None:
+    """Give a model that was built on the meta device its memory and its initial values.
+
+    Each parameter is drawn whole, on `device`, from a generator seeded with (seed, its name), and a rank
+    keeps its own shard. So the weights are the same bit for bit for any world size and any sharding, ranks
+    exchange nothing, and no rank ever holds more than its shards and one whole parameter (2 GiB for
+    Llama-3-8B's embedding). A CPU and a GPU draw different numbers. `storage` is where the shards live
+    ("cpu" when the parameters are offloaded); by default on `device`.
+    """
+    model.to_empty(device=storage or device)
+    for name, parameter in model.named_parameters():
+        # Drawn in float32 for every dtype, so that float64 runs start from the same point as float32 ones.
+        whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+        std = _initial_std(name, model)
+        if std is None:
+            whole.fill_(1.0)
+        else:
+            whole.normal_(0.0, std, generator=_generator(f"{seed}/{name}", device))
+        if isinstance(parameter, DTensor):
+            # src_data_rank=None: every rank has drawn the same values, nothing needs to be sent.
+            shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(shard.to_local())
+        else:
+            parameter.copy_(whole)
+
+
+def _initial_std(name: str, model: nn.Module) -> float | None:
+    """Standard deviation of a parameter's initial values; None is a norm's gain, which starts at one."""
+    if "norm" in name:
+        return None
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        # Two of these are added to the residual stream per layer: keep its variance independent of depth.
+        layers = sum(isinstance(module, Block) for module in model.modules())
+        return 0.02 / math.sqrt(2 * layers)
+    return 0.02
+
+
+def _generator(key: str, device: torch.device) -> torch.Generator:
+    # hashlib, not hash(): Python salts the latter differently in every process.
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,101 @@
+"""What the techniques have in common: number formats, recomputation, compilation, backends of attention.
+
+A technique itself (which module is wrapped or sharded how) is in its chapter's file.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from recipes.lib.model import Block, Transformer
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The two number formats of a run."""
+
+    compute: torch.dtype
+    """Of matrix products and activations."""
+    master: torch.dtype
+    """Of the parameters that the optimizer updates, and of its moments."""
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether parameters are rounded to another format before they are multiplied."""
+        return self.compute != self.master
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        """For models that keep whole master parameters: round to `compute` at each matrix product."""
+        return torch.autocast(device.type, self.compute) if self.is_mixed else nullcontext()
+
+
+def precision(dtype: str, device: torch.device) -> Precision:
+    """What the argument `dtype` means on `device`.
+
+    Master parameters stay in float32 under bfloat16: an update of 1e-4 of a weight is below bfloat16's
+    resolution (1/256) and would round to nothing.
+    """
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    compute = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[dtype]
+    return Precision(compute, master=torch.float64 if compute == torch.float64 else torch.float32)
+
+
+_aten = torch.ops.aten
+_EXPENSIVE = [
+    _aten.mm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+
+
+def checkpoint_activations(model: Transformer, mode: str) -> None:
+    """Trade memory for arithmetic: recompute activations in the backward pass instead of keeping them.
+
+    "full" keeps each layer's input only and repeats its whole forward pass: a third more arithmetic.
+    "selective" keeps the results of matrix products and attention, and repeats what is cheap between them
+    (norms, rotation, SiLU, products of elements): almost no more arithmetic. "none" keeps everything.
+    """
+    if mode == "none":
+        return
+    # The random state is not preserved: the model draws no random numbers (no dropout).
+    recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if mode == "selective":
+        contexts = functools.partial(create_selective_checkpoint_contexts, _EXPENSIVE)
+        recompute = functools.partial(recompute, context_fn=contexts)
+    for layer in model.layers:
+        assert isinstance(layer, Block)
+        layer.recompute = recompute
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Compile each layer's forward, and the loss.
+
+    By layer, not as a whole: all layers share one compiled graph, so that compile time does not grow with
+    depth, and the hooks by which FSDP gathers a layer's parameters stay outside the graphs. Call it after
+    `checkpoint_activations` and before sharding. `fullgraph`: a graph break would cost speed silently.
+    """
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True)
+    model.lm_head.chunk_loss = torch.compile(model.lm_head.chunk_loss, fullgraph=True)
+
+
+def attention_backends(device: torch.device) -> AbstractContextManager[None]:
+    """The order in which attention kernels are tried: cuDNN's is fastest on Hopper, yet not torch's first."""
+    if device.type != "cuda":
+        return nullcontext()
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(order, set_priority=True)
