@@ -1,0 +1,130 @@
+"""Metrics: per logged optimizer step one JSON object in RUN_DIR/metrics.jsonl and one line on the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from recipes.lib.distributed import World
+from recipes.lib.flops import FlopsPerToken, peak_flops
+
+METRICS_FILE = "metrics.jsonl"
+_LONGEST_LINE = 2**16
+
+
+class NotFinite(Exception):
+    """The loss or the gradient is nan or infinite: going on would train on nothing and save it."""
+
+
+class Metrics:
+    """Rank 0 writes; on the other ranks every call does nothing but check.
+
+    Rates are over the time since the line before, without what `paused` encloses. `mfu` is by the `full`
+    convention of `flops` (torchtitan's and MaxText's), and absent where the device's peak is unknown or the
+    computation is not in bfloat16, which the peak is for.
+    """
+
+    def __init__(
+        self,
+        run_directory: Path,
+        world: World,
+        *,
+        attempt: int,
+        steps: int,
+        flops: FlopsPerToken,
+        compute: torch.dtype,
+    ) -> None:
+        self._world, self._attempt, self._steps = world, attempt, steps
+        self._flops = flops
+        cuda = world.device.type == "cuda"
+        known = cuda and compute == torch.bfloat16
+        self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if known else None
+        self._file = _open_for_appending(run_directory / METRICS_FILE) if world.is_first else None
+        self._began = time.perf_counter()
+        self._tokens_before: int | None = None
+
+    def start(self, tokens: int) -> None:
+        """The clock of the first line runs from here; `tokens` is the run's total so far."""
+        self._began, self._tokens_before = time.perf_counter(), tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here does not count: saving is not training, and its cost is reported apart."""
+        paused = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - paused
+
+    def log(self, *, step: int, tokens: int, loss: float, grad_norm: float, lr: float) -> None:
+        """One step's line. `tokens` is the total of the run. Raises NotFinite, on every rank alike."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NotFinite(f"step {step}: loss {loss}, gradient norm {grad_norm}; lr was {lr:g}")
+        assert self._tokens_before is not None, "start() comes first"
+        now = time.perf_counter()
+        rate = (tokens - self._tokens_before) / (now - self._began)
+        self._began, self._tokens_before = now, tokens
+        if self._file is None:
+            return
+        per_device = rate / self._world.size
+        line: dict[str, Any] = {
+            "time": time.time(),
+            "attempt": self._attempt,
+            "step": step,
+            "steps": self._steps,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": tokens,
+            "tokens_per_second": rate,
+            "tokens_per_second_per_device": per_device,
+        }
+        if self._peak is not None:
+            line["mfu"] = per_device * self._flops.full / self._peak
+        if self._world.device.type == "cuda":
+            line["memory_gib"] = torch.cuda.max_memory_allocated(self._world.device) / 2**30
+        # One write and a flush per line: a reader never sees half of one, and a kill loses none before it.
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.say(_console_line(line))
+
+    def say(self, text: str) -> None:
+        """A line for the log, from rank 0."""
+        if self._world.is_first:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Close the file; nothing is logged afterwards."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _console_line(line: dict[str, Any]) -> str:
+    parts = [
+        f"step {line['step']:>{len(str(line['steps']))}}/{line['steps']}",
+        f"loss {line['loss']:.4f}",
+        f"grad norm {line['grad_norm']:.3f}",
+        f"lr {line['lr']:.2e}",
+        f"{line['tokens_per_second']:,.0f} tok/s",
+    ]
+    if "mfu" in line:
+        parts.append(f"MFU {line['mfu']:.1%}")
+    if "memory_gib" in line:
+        parts.append(f"{line['memory_gib']:.1f} GiB")
+    return "  ".join(parts)
+
+
+def _open_for_appending(file: Path) -> IO[str]:
+    """Lines go on where the attempt before stopped, without the half of one that a kill may leave."""
+    with file.open("a+b") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - _LONGEST_LINE))
+        torn = len(stream.read().rpartition(b"\n")[2])
+        stream.truncate(size - torn)
+    return file.open("a", encoding="utf-8")

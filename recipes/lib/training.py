@@ -1,0 +1,282 @@
+"""The training loop that every chapter shares. A chapter brings its technique; everything else is here.
+
+The loss of a step is the mean over all tokens of the *global* batch. Each rank divides its own sum by the
+global count, and gradients are summed over microbatches and ranks: exact for any split, also an uneven one.
+(The mean of the ranks' means is not, as soon as one of them has fewer tokens.)
+
+Suffixes of tensor names: B sequences of one rank's microbatch, S tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import math
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from recipes.lib import checkpoint
+from recipes.lib.arguments import TrainArgs, one_line_errors
+from recipes.lib.checkpoint import Progress, Trained
+from recipes.lib.dataset import Dataset
+from recipes.lib.distributed import (
+    LaunchError,
+    World,
+    attempt,
+    from_first,
+    run_directory,
+    sum_over_ranks,
+)
+from recipes.lib.flops import flops_per_token, parameter_count
+from recipes.lib.metrics import Metrics
+from recipes.lib.model import IGNORE, Transformer, materialize
+from recipes.lib.model_sizes import SIZES, ModelSize
+from recipes.lib.optimizer import clip_gradients, learning_rate, set_learning_rate
+from recipes.lib.parallelism import Precision, attention_backends, precision
+from recipes.lib.pretrained import check_init_from, load_pretrained
+
+PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
+"""How long ranks wait for rank 0 to tokenize a corpus; a collective's timeout would end the job meanwhile."""
+
+Microbatch = tuple[Tensor, Tensor]
+"""Inputs and targets, both [B, S]; the same shape on every rank and for every microbatch."""
+
+
+class Technique(Protocol):
+    """What a chapter brings: how a model is spread over ranks, and how its gradients come together."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that holds this rank's parameters."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Over exactly the parameters of `model`."""
+
+    def accumulate_gradients(self, microbatches: Sequence[Microbatch], token_count: Tensor) -> Tensor:
+        """Forward and backward of every microbatch; gives this rank's summed loss (detached).
+
+        Afterwards each parameter's (or shard's) `.grad` is the gradient of the global mean loss: the sum over
+        all microbatches of all ranks, divided by `token_count`, the number of tokens in the global batch.
+        """
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before a model is built."""
+
+    recipe: str
+    args: TrainArgs
+    world: World
+    dataset: Dataset
+    size: ModelSize
+    precision: Precision
+    run_directory: Path
+    resume_from: Path | None
+    """The checkpoint to go on from; None begins at step 1."""
+
+
+def make_plan(recipe: str, args: TrainArgs, world: World) -> Plan:
+    """Find the run's directory, open the data (rank 0 prepares it at first use) and settle the model's size.
+
+    All ranks call this together. Raises ArgumentError for arguments that cannot work, on every rank.
+    """
+    check_init_from(args.init_from, args.model, args.vocab_size)
+    patient = None
+    if dist.is_initialized():
+        patient = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
+    dataset = Dataset.open(
+        args.data,
+        sequence_length=args.sequence_length,
+        seed=args.seed,
+        init_from=args.init_from,
+        group=patient,
+    )
+    rows = args.vocabulary_rows(dataset.vocab_size)
+    size = dataclasses.replace(SIZES[args.model], vocab_size=rows)
+    directory = run_directory(recipe, world)
+    # Rank 0 looks for all: on a network file system the ranks may for seconds see different checkpoints.
+    newest = checkpoint.latest(directory) if args.resume and world.is_first else None
+    return Plan(
+        recipe=recipe,
+        args=args,
+        world=world,
+        dataset=dataset,
+        size=size,
+        precision=precision(args.dtype, world.device),
+        run_directory=directory,
+        resume_from=from_first(newest, world),
+    )
+
+
+def initialize(model: Transformer, plan: Plan, storage: str | None = None) -> None:
+    """Give `model` its memory and initial values: random, the same for any world size, or those of
+    `init_from`.
+
+    `storage` is where the parameters live if not on the device: "cpu" when they are offloaded.
+    """
+    materialize(model, plan.args.seed, plan.world.device, storage)
+    if plan.args.init_from and plan.resume_from is None:
+        load_pretrained(model, plan.args.init_from)
+
+
+def train(plan: Plan, technique: Technique) -> None:
+    """Train to the last step. The model may be on any number of ranks; all of them call this together.
+
+    Raises NotFinite when the loss or the gradient is, CheckpointMismatch when the checkpoint is another
+    run's.
+    """
+    args, world = plan.args, plan.world
+    flops = flops_per_token(plan.size, args.sequence_length)
+    metrics = Metrics(
+        plan.run_directory,
+        world,
+        attempt=attempt(),
+        steps=args.steps,
+        flops=flops,
+        compute=plan.precision.compute,
+    )
+    _seed_everything(args.seed + world.rank)
+    trained = Trained(technique.model, technique.optimizer, _facts(plan))
+    progress = Progress()
+    if plan.resume_from is not None:
+        progress = checkpoint.load(plan.resume_from, trained, world)
+    compute = str(plan.precision.compute).removeprefix("torch.")
+    metrics.say(
+        f"{plan.recipe}: {args.model}, {parameter_count(plan.size) / 1e6:,.1f}M parameters, {compute}, on "
+        f"{world.size} x {_device_name(world.device)}; "
+        f"{flops.full / 1e9:.3g} GFLOP/token ({flops.causal / 1e9:.3g} causal)"
+    )
+    beginning = f"going on from {plan.resume_from.name}" if plan.resume_from else "from the start"
+    metrics.say(f"run directory {plan.run_directory}; {beginning}")
+
+    with attention_backends(world.device):
+        metrics.start(progress.tokens)
+        while progress.step < args.steps:
+            step = progress.step + 1
+            loss, grad_norm = optimizer_step(plan, technique, step)
+            progress = dataclasses.replace(
+                progress,
+                step=step,
+                tokens=progress.tokens + args.batch_size * args.sequence_length,
+                sequences=progress.sequences + args.batch_size,
+            )
+            # ---- Step boundary: parameters, optimizer and progress belong to the same step on every rank.
+            # ---- Saving happens here and nowhere else; so will agreeing on a request to stop.
+            last = step == args.steps
+            if last or step % args.log_every == 0:
+                value = loss.item()
+                metrics.log(
+                    step=step,
+                    tokens=progress.tokens,
+                    loss=value,
+                    grad_norm=grad_norm.item(),
+                    lr=learning_rate(step, args),
+                )
+                progress = dataclasses.replace(progress, best_loss=min(value, progress.best_loss or value))
+            if is_saved(step, args):
+                with metrics.paused():
+                    folder = checkpoint.save(plan.run_directory, trained, progress, world)
+                metrics.say(f"saved {folder}")
+    metrics.close()
+
+
+def is_saved(step: int, args: TrainArgs) -> bool:
+    """Whether a checkpoint is written after `step`: every `save_every` steps and after the last, -1 never."""
+    if args.save_every < 0:
+        return False
+    return step == args.steps or (args.save_every > 0 and step % args.save_every == 0)
+
+
+def optimizer_step(plan: Plan, technique: Technique, step: int) -> tuple[Tensor, Tensor]:
+    """Optimizer step `step` (from 1): mean loss and gradient norm of the global batch, on every rank."""
+    args = plan.args
+    batches = microbatches(plan, step)
+    token_count = sum_over_ranks(torch.stack([(targets != IGNORE).sum() for _, targets in batches]).sum())
+    loss_sum = technique.accumulate_gradients(batches, token_count)
+    grad_norm = clip_gradients(technique.model, args.clip_norm)
+    set_learning_rate(technique.optimizer, learning_rate(step, args))
+    technique.optimizer.step()
+    technique.optimizer.zero_grad()
+    return sum_over_ranks(loss_sum) / token_count, grad_norm
+
+
+def microbatches(plan: Plan, step: int) -> list[Microbatch]:
+    """This rank's part of the global batch, on its device, in microbatches of one shape.
+
+    Ranks whose share is smaller get rows of padding (targets IGNORE, which add nothing): each rank must run
+    the same number of forward passes, or the others would wait in FSDP's collectives for ever; and one
+    shape is one compiled graph.
+    """
+    args, world = plan.args, plan.world
+    largest_share = math.ceil(args.batch_size / world.size)
+    rows = min(args.microbatch_size or largest_share, largest_share)
+    count = math.ceil(largest_share / rows)
+    tokens_BS, targets_BS = plan.dataset.batch(step - 1, world.rank, world.size, args.batch_size)
+    missing = count * rows - len(tokens_BS)
+    tokens_BS = nn.functional.pad(tokens_BS, (0, 0, 0, missing), value=0)
+    targets_BS = nn.functional.pad(targets_BS, (0, 0, 0, missing), value=IGNORE)
+    return [
+        (_to_device(tokens, world.device), _to_device(targets, world.device))
+        for tokens, targets in zip(torch.split(tokens_BS, rows), torch.split(targets_BS, rows), strict=True)
+    ]
+
+
+def recipe_main(body: Callable[[], None]) -> Callable[[], None]:
+    """Decorator of a recipe's `main`: how its errors leave the process.
+
+    A mistake in the arguments or in the launch is one line on stderr and exit status 2, without a traceback.
+    Everything else keeps its traceback, and torchrun's agent gets it too (`record`), so that its summary
+    names the rank that failed first instead of the ones that were killed after it.
+    """
+
+    @functools.wraps(body)
+    def main() -> None:
+        with one_line_errors():
+            try:
+                record(body)()
+            except LaunchError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                sys.exit(2)
+
+    return main
+
+
+def _facts(plan: Plan) -> dict[str, object]:
+    """What a run must not change between attempts: it decides the weights' shapes and every later batch."""
+    return {
+        "model": plan.args.model,
+        "vocab_size": plan.size.vocab_size,
+        "data": plan.dataset.fingerprint,
+        "sequence_length": plan.args.sequence_length,
+        "batch_size": plan.args.batch_size,
+        "seed": plan.args.seed,
+    }
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return tensor
+    # From pinned memory the copy does not stop the host, which can queue the step's kernels meanwhile.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
