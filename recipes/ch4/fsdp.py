@@ -1,0 +1,149 @@
+r"""Fully sharded data parallelism (FSDP2): parameters, gradients and moments are split over the ranks.
+
+    torchrun --nproc-per-node 2 -m recipes.ch4.fsdp steps=20
+
+Each rank keeps a slice of every parameter. A layer is gathered just before it computes and freed after; its
+gradients are summed and sliced in one collective (reduce-scatter). Llama-3-8B needs 16 bytes per parameter
+for float32 weights, gradients and AdamW's moments: 120 GiB, which N ranks share. On four GPUs:
+
+    PYTORCH_ALLOC_CONF=expandable_segments:True torchrun --nproc-per-node 4 -m recipes.ch4.fsdp \
+        model=llama_8b sequence_length=8192 batch_size=4 activation_checkpointing=selective compile=true
+
+(expandable_segments: without it, memory that layers of changing sizes leave behind is too scattered to be
+used again.) One GPU of 139 GiB has room for the 120 GiB and, with activation_checkpointing=full and one
+sequence a microbatch, for the rest; param_dtype=bfloat16 halves the 120 GiB instead. These two sizes are
+computed, not measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from recipes.ch4.fsdp_args import FsdpArgs
+from recipes.lib.arguments import ArgumentError, parse_or_exit
+from recipes.lib.distributed import World, joined
+from recipes.lib.model import Transformer
+from recipes.lib.optimizer import build_optimizer
+from recipes.lib.parallelism import Precision, checkpoint_activations, compile_blocks
+from recipes.lib.training import Microbatch, Plan, initialize, make_plan, recipe_main, train
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A model of which every rank keeps a slice."""
+
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    defer_reduction: bool
+
+    @classmethod
+    def build(cls, plan: Plan, args: FsdpArgs) -> Sharded:
+        """The sharded model with its initial weights, and its optimizer."""
+        if args.param_dtype == "bfloat16":
+            plan = dataclasses.replace(
+                plan, precision=Precision(plan.precision.compute, master=torch.bfloat16)
+            )
+        with torch.device("meta"):  # shapes only: no rank could hold a large model whole
+            model = Transformer(plan.size)
+        checkpoint_activations(model, args.activation_checkpointing)
+        if args.compile:
+            compile_blocks(model)
+        model.to(plan.precision.master)
+        shard(model, make_mesh(plan.world, args), plan.precision, args)
+        # Memory only now, for this rank's slices.
+        initialize(model, plan, storage="cpu" if args.cpu_offload else None)
+        # The optimizer comes last: it must see the slices, not the parameters that they replaced.
+        return cls(model, build_optimizer(model, args), args.defer_reduction)
+
+    def accumulate_gradients(self, microbatches: Sequence[Microbatch], token_count: Tensor) -> Tensor:
+        """Forward and backward of each microbatch; the hooks gather, reduce and free."""
+        assert isinstance(self.model, FSDPModule), "fully_shard has made it one, too"
+        total = torch.zeros((), device=token_count.device)
+        for number, (tokens_BS, targets_BS) in enumerate(microbatches, start=1):
+            last = number == len(microbatches)
+            # Reduced after every microbatch, gradients add up in slices. Deferred, they add up whole: one
+            # reduce-scatter a step, and 4 bytes per parameter of the whole model on every rank.
+            self.model.set_requires_gradient_sync(last or not self.defer_reduction)
+            # hybrid_shard sums over the groups once a step in either case: slices are small enough to wait.
+            self.model.set_requires_all_reduce(last)
+            self.model.set_is_last_backward(last)
+            loss = self.model(tokens_BS, targets_BS)
+            (loss / token_count).backward()
+            total = total + loss.detach()
+        return total
+
+
+def make_mesh(world: World, args: FsdpArgs) -> DeviceMesh:
+    """All ranks in one row; for hybrid_shard in a grid of copies times slices, the slices within a node.
+
+    Raises ArgumentError for a shard_size that does not divide the ranks.
+    """
+    if args.strategy != "hybrid_shard":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    slices = args.shard_size or world.local_size
+    if world.size % slices:
+        raise ArgumentError("shard_size", slices, f"wants a divisor of {world.size}, the number of ranks")
+    grid = (world.size // slices, slices)
+    return init_device_mesh(world.device.type, grid, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: Transformer, mesh: DeviceMesh, precision: Precision, args: FsdpArgs) -> None:
+    """Split the model's parameters over `mesh`, one group of collectives per layer."""
+    exact = torch.promote_types(precision.master, torch.float32)
+    rounding = MixedPrecisionPolicy(
+        param_dtype=precision.compute,
+        reduce_dtype=torch.bfloat16 if args.reduce_dtype == "bfloat16" else exact,
+        # Inputs arrive in the right format as the embedding's output; the rotary tables stay in float32.
+        cast_forward_inputs=False,
+    )
+    # Pinned memory is for copies to a GPU, and cannot be had without one.
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if args.cpu_offload else OffloadPolicy()
+    free_after_forward = args.strategy != "shard_grad_op"
+
+    def split(*modules: torch.nn.Module, free: bool) -> None:
+        fully_shard(
+            list(modules), mesh=mesh, reshard_after_forward=free, mp_policy=rounding, offload_policy=offload
+        )
+
+    for layer in model.layers:
+        split(layer, free=free_after_forward)
+    if not model.size.tied:
+        # The tables are the largest parameters: on their own, neither waits in memory while the other is
+        # used.
+        split(model.embed_tokens, free=free_after_forward)
+        # The backward pass begins here, so freeing these two would gather them again at once.
+        split(model.norm, model.lm_head, free=False)
+    split(model, free=False)  # what is left: nothing, or the tied table and the norm
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A sum, not FSDP's mean over ranks: each rank's loss is a part of the global mean already.
+            module.set_gradient_divide_factor(1.0)
+            # As a plain sum: torch's other way to express the factor is an operation that only NCCL has.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+@recipe_main
+def main() -> None:
+    """Train with a slice of the model on every rank."""
+    args = parse_or_exit(FsdpArgs)
+    with joined(args.device) as world:
+        plan = make_plan("ch4_fsdp", args, world)
+        train(plan, Sharded.build(plan, args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Runs many configurations of the chapters' techniques in one set of processes, and notes what they computed.
+
+Starting a rank costs seconds (it imports torch), a configuration a fraction of one: so the ranks start once
+per world size and go through a list of cases. Each case trains a few steps and its losses, gradient norms
+and weights come back as plain numbers.
+
+    python -m tests.recipes.parity FOLDER CASES.json     (one rank; torch's variables in the environment)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from recipes.ch1.baseline import Baseline
+from recipes.ch1.baseline_args import BaselineArgs
+from recipes.ch3.ddp import Replicated
+from recipes.ch3.ddp_args import DdpArgs
+from recipes.ch4.fsdp import Sharded
+from recipes.ch4.fsdp_args import FsdpArgs
+from recipes.lib import checkpoint
+from recipes.lib.checkpoint import Progress, Trained
+from recipes.lib.dataset import Dataset
+from recipes.lib.distributed import World, joined
+from recipes.lib.model import IGNORE
+from recipes.lib.model_sizes import ModelSize
+from recipes.lib.parallelism import precision
+from recipes.lib.shards import TokenShards, write_shards
+from recipes.lib.training import Plan, Technique, optimizer_step
+
+VOCABULARY = 263
+"""A prime: no number of ranks divides it, so every sharding of the tables is uneven."""
+SIZE = ModelSize(
+    layers=2, width=48, heads=4, kv_heads=2, ffn_width=90, vocab_size=VOCABULARY, rope_theta=1e4, tied=False
+)
+SEQUENCE_LENGTH = 24
+STEPS = 6
+SAVED_AT = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: a technique, its arguments, and what is done with checkpoints on the way."""
+
+    name: str
+    technique: str
+    world_size: int
+    args: dict[str, Any] = field(default_factory=dict)
+    tied: bool = False
+    ragged: bool = False
+    """Whether a part of the targets is not trained on, more in some sequences than in others."""
+    save: bool = False
+    """Save after step SAVED_AT, under the case's name, and go on."""
+    load: str = ""
+    """Name of the case whose checkpoint this one begins with."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case computed."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights_before: str
+    """SHA-256 of all parameters, whole, before the first step (before loading)."""
+    weights_after: str
+    random: list[list[float]]
+    """Per rank, numbers drawn after saving or loading."""
+
+
+class RaggedDataset(Dataset):
+    """The same sequences, of which all but a first part is ignored: how much, the sequence decides."""
+
+    def batch(self, step: int, rank: int, world_size: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, as `Dataset.batch`."""
+        tokens_BS, targets_BS = super().batch(step, rank, world_size, batch_size)
+        kept_B = 1 + tokens_BS[:, 0] % SEQUENCE_LENGTH
+        ignored_BS = torch.arange(SEQUENCE_LENGTH) >= kept_B[:, None]
+        return tokens_BS, targets_BS.masked_fill(ignored_BS, IGNORE)
+
+
+def make_data(folder: Path) -> None:
+    """Shards of pseudo-random tokens with something to learn in them: only an eighth of the ids occurs."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, VOCABULARY // 8, 4000)
+    write_shards(
+        folder, [tokens.tolist()], vocab_size=VOCABULARY, separator=0, tokenizer="none", corpus="random"
+    )
+
+
+def launch(folder: Path, world_size: int, cases: Sequence[Case]) -> dict[str, Outcome]:
+    """Run `cases`, which all want `world_size`, on that many new processes; by name what they computed."""
+    assert {case.world_size for case in cases} == {world_size}
+    # The port is the store's own choice: a free one that is looked for beforehand may be taken by then.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    words = folder / f"cases-{time.monotonic_ns()}.json"
+    words.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.recipes.parity", str(folder), str(words)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[2],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        deadline = time.monotonic() + 150
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            assert time.monotonic() < deadline, "the ranks are not done after 150 s"
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            rank.kill()
+        errors = [rank.communicate()[1] for rank in ranks]
+    failed = [f"rank {n}:\n{errors[n]}" for n, rank in enumerate(ranks) if rank.returncode not in (0, -9)]
+    assert not failed, "\n".join(failed)
+    found = json.loads(words.with_suffix(".outcomes").read_text())
+    return {name: Outcome(**fields) for name, fields in found.items()}
+
+
+def run_cases(folder: Path, cases: Sequence[Case], world: World) -> dict[str, Outcome]:
+    """Run the cases in this process, together with the other ranks of `world`."""
+    return {case.name: _run(case, folder, world) for case in cases}
+
+
+def plan_for(case: Case, folder: Path, world: World) -> Plan:
+    """The plan of a case, over the data in `folder`/data."""
+    kinds = {"baseline": BaselineArgs, "ddp": DdpArgs, "fsdp": FsdpArgs}
+    defaults = {
+        "sequence_length": SEQUENCE_LENGTH,
+        "steps": STEPS,
+        "warmup_steps": 2,
+        "lr": 1e-2,
+        "dtype": "float64",
+    }
+    args = kinds[case.technique](**{**defaults, **case.args})
+    kind = RaggedDataset if case.ragged else Dataset
+    return Plan(
+        recipe=case.name,
+        args=args,
+        world=world,
+        # Not args.seed: a case that loads begins with other weights, yet trains on the same sequences.
+        dataset=kind(TokenShards(folder / "data"), sequence_length=SEQUENCE_LENGTH, seed=0),
+        size=dataclasses.replace(SIZE, tied=case.tied),
+        precision=precision(args.dtype, world.device),
+        run_directory=folder / case.name,
+        resume_from=None,
+    )
+
+
+def build(case: Case, plan: Plan) -> Technique:
+    """The chapter's own model, sharded and initialized as the chapter does it."""
+    if isinstance(plan.args, DdpArgs):
+        return Replicated.build(plan, plan.args)
+    if isinstance(plan.args, FsdpArgs):
+        return Sharded.build(plan, plan.args)
+    return Baseline.build(plan)
+
+
+def weights(model: nn.Module) -> str:
+    """SHA-256 of all parameters, whole; the same however they are sharded. All ranks call this together."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        digest.update(name.removeprefix("module.").encode())
+        digest.update(whole.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _run(case: Case, folder: Path, world: World) -> Outcome:
+    torch.manual_seed(world.rank)
+    plan = plan_for(case, folder, world)
+    technique = build(case, plan)
+    weights_before = weights(technique.model)
+    trained = Trained(technique.model, technique.optimizer, {"batch_size": plan.args.batch_size})
+    progress, drawn, results = Progress(), [], []
+    if case.load:
+        torch.manual_seed(99)
+        progress = checkpoint.load(checkpoint.folder_of(folder / case.load, SAVED_AT), trained, world)
+        drawn = torch.rand(3).tolist()
+    for step in range(progress.step + 1, STEPS + 1):
+        loss, grad_norm = optimizer_step(plan, technique, step)
+        results.append((loss.item(), grad_norm.item()))
+        if case.save and step == SAVED_AT:
+            checkpoint.save(plan.run_directory, trained, Progress(step=step), world)
+            drawn = torch.rand(3).tolist()
+    everyone = [drawn] * world.size
+    if world.size > 1:
+        dist.all_gather_object(everyone, drawn)
+    return Outcome(
+        losses=[loss for loss, _ in results],
+        grad_norms=[norm for _, norm in results],
+        weights_before=weights_before,
+        weights_after=weights(technique.model),
+        random=everyone,
+    )
+
+
+def main() -> None:
+    """One rank."""
+    folder, words = Path(sys.argv[1]), Path(sys.argv[2])
+    cases = [Case(**fields) for fields in json.loads(words.read_text())]
+    with joined("cpu") as world:
+        outcomes = run_cases(folder, cases, world)
+        if world.is_first:
+            found = {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()}
+            words.with_suffix(".outcomes").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

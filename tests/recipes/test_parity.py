@@ -1,0 +1,183 @@
+"""Every technique trains exactly as one process does: same loss, same gradient norm, same initial weights.
+
+All on the CPU with gloo. In float64 the only difference allowed is the order of summation, 1e-12 relative; in
+float32 that order costs up to 1e-6 of the loss and 5e-5 of the norm.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.lib.distributed import joined
+from tests.recipes.parity import STEPS, Case, Outcome, launch, make_data, run_cases
+
+LAYOUTS = {
+    # Every rank has the same share, in one piece.
+    "even": {"args": {"batch_size": 8}},
+    # On four ranks 1, 2, 1 and 2 sequences, one at a time; targets that do not count, unevenly; tied tables.
+    "uneven": {"args": {"batch_size": 6, "microbatch_size": 1}, "ragged": True, "tied": True},
+}
+STRATEGIES = ("full_shard", "shard_grad_op", "hybrid_shard")
+WORLD_SIZES = (1, 2, 4)
+TOLERANCES = {"float64": (1e-12, 1e-12), "float32": (1e-6, 5e-5)}
+
+
+def technique_cases(world_size: int) -> list[Case]:
+    """DDP and each FSDP strategy, in each layout and both number formats."""
+    cases = []
+    for layout, facts in LAYOUTS.items():
+        for dtype in TOLERANCES:
+            common = {**facts, "world_size": world_size}
+            name = f"{layout}-{dtype}-x{world_size}"
+            args = {**facts["args"], "dtype": dtype}
+            cases.append(Case(f"ddp-{name}", "ddp", **{**common, "args": args}))
+            for strategy in STRATEGIES:
+                slices = {"shard_size": 2} if strategy == "hybrid_shard" and world_size > 1 else {}
+                sharded = {**args, "strategy": strategy, **slices}
+                cases.append(Case(f"{strategy}-{name}", "fsdp", **{**common, "args": sharded}))
+    return cases
+
+
+def variant_cases(world_size: int) -> list[Case]:
+    """What can be switched on beside a technique; float64, the uneven layout."""
+    uneven = LAYOUTS["uneven"]
+    switches = {
+        "ddp-full-recompute": ("ddp", {"activation_checkpointing": "full"}),
+        "ddp-small-buckets": ("ddp", {"bucket_mb": 1, "gradient_as_bucket_view": False}),
+        "fsdp-full-recompute": ("fsdp", {"activation_checkpointing": "full"}),
+        "fsdp-selective-recompute": ("fsdp", {"activation_checkpointing": "selective"}),
+        "fsdp-offload": ("fsdp", {"cpu_offload": True}),
+        "fsdp-deferred": ("fsdp", {"defer_reduction": True}),
+        "hybrid-deferred-offload": (
+            "fsdp",
+            {"strategy": "hybrid_shard", "shard_size": 2, "defer_reduction": True, "cpu_offload": True},
+        ),
+        # Two microbatches of two sequences for shares of one and two: the second is padding alone on some
+        # ranks.
+        "fsdp-padded-microbatch": ("fsdp", {"microbatch_size": 2}),
+    }
+    return [
+        Case(
+            f"{name}-x{world_size}",
+            technique,
+            world_size,
+            args={**uneven["args"], **args},
+            ragged=True,
+            tied=True,
+        )
+        for name, (technique, args) in switches.items()
+    ]
+
+
+def idle_rank_cases(world_size: int) -> list[Case]:
+    """Fewer sequences than ranks: some have nothing to compute, and must not stop the others."""
+    args = {"batch_size": 3}
+    return [
+        Case(f"{technique}-idle-x{world_size}", technique, world_size, args=args)
+        for technique in ("ddp", "fsdp")
+    ]
+
+
+def rounded_cases(world_size: int) -> list[Case]:
+    """Computation in bfloat16, with parameters kept in float32 and in bfloat16."""
+    args = {"batch_size": 8, "dtype": "bfloat16"}
+    return [
+        Case(f"ddp-rounded-x{world_size}", "ddp", world_size, args=args),
+        Case(f"fsdp-rounded-x{world_size}", "fsdp", world_size, args=args),
+        Case(
+            f"fsdp-sums-rounded-x{world_size}", "fsdp", world_size, args={**args, "reduce_dtype": "bfloat16"}
+        ),
+        Case(f"fsdp-all-rounded-x{world_size}", "fsdp", world_size, args={**args, "param_dtype": "bfloat16"}),
+    ]
+
+
+def reference_of(case: Case) -> str:
+    """Name of the single-process case that `case` must equal."""
+    layout = f"{case.args['batch_size']}-{case.args.get('dtype', 'float64')}"
+    return f"baseline-{layout}"
+
+
+REFERENCES = [
+    Case("baseline-8-float64", "baseline", 1, args={"batch_size": 8, "dtype": "float64"}),
+    Case("baseline-8-float32", "baseline", 1, args={"batch_size": 8, "dtype": "float32"}),
+    Case("baseline-3-float64", "baseline", 1, args={"batch_size": 3, "dtype": "float64"}),
+    # Whole batches of the uneven layout at once: accumulation is part of what is compared.
+    *(
+        Case(
+            f"baseline-6-{dtype}",
+            "baseline",
+            1,
+            args={"batch_size": 6, "dtype": dtype},
+            ragged=True,
+            tied=True,
+        )
+        for dtype in TOLERANCES
+    ),
+]
+CASES = {
+    1: technique_cases(1),
+    2: [*technique_cases(2), *variant_cases(2)],
+    4: [*technique_cases(4), *variant_cases(4), *idle_rank_cases(4)],
+}
+ALL = [case for cases in CASES.values() for case in cases]
+ROUNDED = rounded_cases(2)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """What every case computed: one set of processes per world size, one rank in this process."""
+    folder: Path = tmp_path_factory.mktemp("parity")
+    make_data(folder / "data")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with joined("cpu") as world:
+        found = run_cases(folder, [*REFERENCES, *CASES[1]], world)
+    torch.set_num_threads(threads)
+    for world_size in WORLD_SIZES[1:]:
+        rounded = ROUNDED if world_size == 2 else []
+        found |= launch(folder, world_size, [*CASES[world_size], *rounded])
+    return found
+
+
+def relative(ours: list[float], theirs: list[float]) -> float:
+    """Largest relative difference of two series."""
+    assert len(ours) == len(theirs) == STEPS
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+def test_trains_as_one_process_does(case: Case, outcomes: dict[str, Outcome]) -> None:
+    ours, reference = outcomes[case.name], outcomes[reference_of(case)]
+    loss_error = relative(ours.losses, reference.losses)
+    norm_error = relative(ours.grad_norms, reference.grad_norms)
+    loss_tolerance, norm_tolerance = TOLERANCES[case.args.get("dtype", "float64")]
+    print(f"PARITY {case.name} loss {loss_error:.2e} norm {norm_error:.2e}")
+    assert loss_error < loss_tolerance
+    assert norm_error < norm_tolerance
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids=lambda case: case.name)
+def test_bfloat16_is_near_float32(case: Case, outcomes: dict[str, Outcome]) -> None:
+    """And not equal to it, or it would not be bfloat16 that was computed in."""
+    ours, exact = outcomes[case.name], outcomes["baseline-8-float32"]
+    loss_error = relative(ours.losses, exact.losses)
+    print(f"ROUNDED {case.name} {loss_error:.2e} {relative(ours.grad_norms, exact.grad_norms):.2e}")
+    assert 1e-6 < loss_error < 1e-2
+    assert relative(ours.grad_norms, exact.grad_norms) < 5e-2
+
+
+def test_the_reference_learns(outcomes: dict[str, Outcome]) -> None:
+    """Otherwise equal losses would say little: weights that never move agree with everything."""
+    for case in REFERENCES:
+        assert outcomes[case.name].losses[-1] < outcomes[case.name].losses[0] - 0.1
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_initial_weights_are_equal_bit_for_bit(layout: str, dtype: str, outcomes: dict[str, Outcome]) -> None:
+    cases = [case.name for case in ALL if f"-{layout}-{dtype}-" in case.name]
+    assert len(cases) == (1 + len(STRATEGIES)) * len(WORLD_SIZES)
+    assert len({outcomes[name].weights_before for name in cases}) == 1
