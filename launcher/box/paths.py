@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,17 +100,15 @@ def private_folder(path: Path) -> Path:
 
 
 def _short_root(instead_of: Path) -> Path:
-    """A short, plain folder that belongs to this user and to that cache folder.
+    """Path of a short, plain folder for this user and that cache folder. Makes nothing.
 
     Always under /tmp, never $TMPDIR: a login shell and a job must agree on it. Raises BoxUnavailable if
     somebody else owns it already: the owner of the folder decides what this user's Slurm runs.
     """
     digest = hashlib.sha256(os.fsencode(instead_of)).hexdigest()[:8]
     folder = Path("/tmp") / f"recipes-{os.getuid()}-{digest}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise BoxUnavailable(f"cannot make {folder}: {error.strerror}; {_WAY_OUT}") from error
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise BoxUnavailable(f"{folder} belongs to another user; {_WAY_OUT}")
+    with contextlib.suppress(FileNotFoundError):
+        facts = folder.lstat()
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+            raise BoxUnavailable(f"{folder} is not yours; {_WAY_OUT}")
     return folder
