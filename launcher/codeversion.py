@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -66,6 +65,8 @@ def record_packages(path: Path) -> None:
 
 def version_of(package: str) -> str | None:
     """The installed version of a package without importing it, None where it is not installed."""
+    import importlib.metadata  # e-mail parsing and more: every submission would pay for it
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

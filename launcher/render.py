@@ -82,7 +82,9 @@ def slurm_time(minutes: int) -> str:
 
 def _about(spec: JobSpec, submission: Submission | None) -> str:
     if submission is not None:
-        return f"# Recipe {spec.recipe} on cluster {spec.cluster}, for one run; its spec.json decides what runs."
+        return (
+            f"# Recipe {spec.recipe} on cluster {spec.cluster}, for one run; its spec.json decides what runs."
+        )
     return (
         f"# Recipe {spec.recipe} with the cluster profile {spec.cluster}. Rendered, not edited by hand:\n"
         f"#   python -m launcher render recipe={spec.recipe} cluster={spec.cluster}\n"

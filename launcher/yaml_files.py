@@ -56,8 +56,8 @@ def read_mapping(path: Path, known: frozenset[str], *, shown: str) -> dict[str, 
     is not YAML, is not a mapping, holds a key outside `known`, or names a variable that is not set.
     """
     try:
-        with path.open(encoding="utf-8") as stream:
-            content = yaml.load(stream, Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{shown}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
@@ -67,6 +67,8 @@ def read_mapping(path: Path, known: frozenset[str], *, shown: str) -> dict[str, 
     if not isinstance(content, dict):
         raise UserError(f"{shown}: a mapping of keys to values is wanted, not a {type(content).__name__}")
     check_keys(content, known, shown=shown)
+    if "${" not in text:
+        return {str(key): value for key, value in content.items()}
     return _interpolated(content, shown=shown)
 
 
@@ -78,6 +80,7 @@ def check_keys(mapping: Mapping[Any, Any], known: frozenset[str], *, shown: str)
 
 
 def _interpolated(content: dict[Any, Any], *, shown: str) -> dict[str, Any]:
+    # Imported only for a file that has a variable: it costs as much as the rest of reading the configuration.
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from launcher import codeversion, progress, proven, runs, status
+from launcher import codeversion, proven, runs, status
 from launcher.cluster_commands import use_cluster, use_cluster_of
 from launcher.config import Composed, compose_points
 from launcher.paths import REPOSITORY, known_run_roots, remember_run_root, run_root
@@ -128,6 +128,8 @@ def _submit(new: runs.Run, spec: JobSpec, options: argparse.Namespace, console: 
 def _wait_for(started: Sequence[runs.Run], options: argparse.Namespace, console: Console) -> int:
     if not options.wait:
         return 0
+    from launcher import progress
+
     failed = False
     for each in started:
         try:

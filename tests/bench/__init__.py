@@ -1,0 +1,1 @@
+"""Measurements of the launcher itself, on a box: `make bench`."""
