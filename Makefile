@@ -26,7 +26,7 @@ lint: setup ## ruff, mypy and shellcheck
 	$(VENV)/shellcheck $(SHELL_FILES)
 
 test: lint ## lint and every test; ARGS="-k box" selects
-	$(VENV)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(VENV)/python -m pytest -n 2 $(ARGS)
 
 demo: setup ## the whole thing in two minutes: a Slurm cluster on this machine and a recipe on it
 	$(VENV)/python -m launcher demo

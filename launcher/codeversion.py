@@ -56,6 +56,8 @@ def _text(answer: str | subprocess.CompletedProcess[str]) -> str:
 
 def record_packages(path: Path) -> None:
     """Write name==version of every installed distribution of this interpreter, sorted, one a line."""
+    import importlib.metadata
+
     found = {
         (item.metadata["Name"] or "?").lower(): item.version for item in importlib.metadata.distributions()
     }

@@ -40,8 +40,8 @@ def resolve_shape(
     """The numbers of a job on the cluster. `typed` and `wished` hold those of SHAPE_KEYS that somebody gave.
 
     Where nobody gave them: one node; one rank per GPU, or `cpu_tasks_per_node` ranks without a GPU (`on_cpu`:
-    none is used); the node's CPUs shared among the ranks, as far as their GPUs go. Raises UserError for a typed number that the
-    cluster does not have.
+    none is used); the node's CPUs shared among the ranks, as far as their GPUs go. Raises UserError for a typed
+    number that the cluster does not have.
     """
     nodes = _nodes(typed, wished, capacity, cluster, executor)
     gpus_there = 0 if on_cpu else capacity.gpus_per_node

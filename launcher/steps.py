@@ -92,7 +92,7 @@ def escape_pattern(path: str) -> str:
 
 
 def _pyxis(container: Container, mounts: Sequence[Path], environment: Mapping[str, str]) -> list[str]:
-    """Pyxis' flags. --container-env names our variables: without it the image's own ENV silently wins (NeMo-Run#128)."""
+    """Pyxis' flags. --container-env names our variables: without it the image's ENV silently wins (NeMo-Run#128)."""
     every = [f"{mount}:{mount}" for mount in mounts] + list(container.mounts)
     return [
         f"--container-image={container.image}",

@@ -25,9 +25,6 @@ BLOCKS = [block for name in DOCUMENTS for block in blocks((ROOT / name).read_tex
 RUN_HERE = [block for block in BLOCKS if not block.marked]
 MARKED = [block for block in BLOCKS if block.marked]
 
-# One worker for all: the copies share one Slurm box.
-pytestmark = pytest.mark.xdist_group("docs")
-
 
 @pytest.fixture(scope="session")
 def sandbox_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Sandbox]]:
