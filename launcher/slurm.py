@@ -255,22 +255,36 @@ def node_addresses(nodes: Sequence[str]) -> dict[str, str]:
 
 
 def job_state(job_id: str) -> JobState | None:
-    """Slurm's view of a job, or None when neither slurmctld nor accounting knows it. Raises SlurmError when none of
-    the three could be asked."""
+    """Slurm's view of a job, or None when neither slurmctld nor accounting knows it.
+
+    Raises SlurmError when slurmctld does not answer.
+    """
+    return state_from_controller(job_id) or state_from_accounting(job_id)
+
+
+def state_from_controller(job_id: str) -> JobState | None:
+    """What slurmctld remembers: live jobs, and ended ones for MinJobAge. Raises SlurmError when it does not answer."""
     try:
         record = job_record(job_id)
     except SlurmError as error:
-        if "Invalid job id" not in str(error):
-            raise
-    else:
-        return JobState(record["JobState"], record.get("Reason", ""), record.get("NodeList", ""), "scontrol")
+        if "Invalid job id" in str(error):
+            return None
+        raise
+    return JobState(record["JobState"], record.get("Reason", ""), record.get("NodeList", ""), "scontrol")
+
+
+def state_from_accounting(job_id: str) -> JobState | None:
+    """What sacct says; None where it does not know the job, and on a cluster without accounting."""
     if shutil.which("sacct") is None:
         return None
     try:
         text = run(["sacct", "-X", "-n", "-P", "-j", job_id, "-o", "State,NodeList"])
-    except SlurmError:
-        return None  # no accounting on this cluster; what can be known is what slurmctld remembers
-    for line in text.splitlines():
+    except SlurmError as error:
+        if "disabled" in str(error):  # "Slurm accounting storage is disabled"
+            return None
+        raise
+    # A requeued job has a line for each start; the last one is the newest.
+    for line in reversed(text.splitlines()):
         state, _, nodes = line.partition("|")
         if state.split():
             return JobState(state.split()[0], "", nodes, "sacct")  # "CANCELLED by 1000" -> CANCELLED

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import runs
+from launcher import box, runs
 from launcher.config import compose
 from launcher.paths import REPOSITORY
 from tests.box_runs.support import FAST, Launcher, ended, losses, wait_until
@@ -265,17 +265,6 @@ def test_a_mistake_in_the_words_of_sbatch_is_found_before_any_task(
     assert runs.all_runs([launcher.run_root]) == []
 
 
-def test_preflight_stops_a_job_whose_nodes_lack_gpus(launcher: Launcher) -> None:
-    """The spec asks for a GPU that Slurm gave and the node does not have: as after a GPU fell off the bus."""
-    composed = compose(["recipe=ch3_ddp", "cluster=box", "nodes=2", "tasks_per_node=1"])
-    assert composed.gpus_per_node == 0, "this test needs a box without GPUs"
-    checks = [sys.executable, "-m", "checks", "--json", "--gpus=1"]
-    out = launcher.slurm("srun", "--nodes=2", "--ntasks=2", "bash", "-c", '"$@" || true', "checks", *checks)
-    verdicts = [json.loads(line) for line in out.splitlines()]
-    assert len({report["node"] for report in verdicts}) == 2
-    assert {report["checks"][0]["verdict"] for report in verdicts} == {"fail"}
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can drop to another user")
 def test_an_ordinary_user_without_home_gets_a_clear_line_for_an_unwritable_run_root(tmp_path: Path) -> None:
     locked = tmp_path / "locked"
@@ -293,9 +282,65 @@ def test_an_ordinary_user_without_home_gets_a_clear_line_for_an_unwritable_run_r
     assert not (locked / "runs").exists()
 
 
-def test_thirty_two_nodes_run_a_job(tmp_path: Path) -> None:
-    from launcher import box
+def test_a_node_without_the_gpu_that_slurm_gave_stops_the_job_before_a_task(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """Slurm counts a link to /dev/null as a GPU; the node's own /dev has none: as after one fell off the bus."""
+    (tmp_path / "devices").mkdir()
+    fakes = [tmp_path / "devices" / f"nvidia{number}" for number in range(2)]
+    for fake in fakes:
+        fake.symlink_to("/dev/null")
+    name = f"fake-gpus-{os.getpid()}"
+    made = box.up(nodes=2, name=name, gpu_device_files=fakes)
+    try:
+        environment = {**launcher.environment, **box.environment(made), "LAUNCHER_BOX": name}
+        theirs = dataclasses.replace(launcher, environment=environment)
+        shown = theirs("submit", "recipe=ch3_ddp", "cluster=box", "nodes=2", *FAST, "--wait", status=1).stdout
+        record = ended(theirs.only_run())
+    finally:
+        box.down(name)
+    assert (record["state"], record["tasks_started"]) == ("failed", None)
+    assert re.fullmatch(
+        r"preflight: n[12]: gpus fail: 0 device files, .*expected at least 1 GPUs; .*", record["reason"]
+    )
+    assert "preflight: n" in shown
+    assert not list((theirs.only_run().path / "attempt-01").glob("rank-*.log"))
 
+
+def test_with_accounting_sacct_knows_what_slurmctld_forgot(tmp_path: Path) -> None:
+    name = f"accounted-{os.getpid()}"
+    made = box.up(nodes=1, name=name, gpus=0, accounting=True)
+    script = (
+        "import json, sys, time\nfrom launcher import slurm\n"
+        "slurm.run(['sbatch', '--wait', '--output=/dev/null', '--wrap', sys.argv[2], '--job-name=x'])\n"
+        "job = sys.argv[1]\n"
+        "end = time.monotonic() + 30\n"
+        "while (known := slurm.state_from_accounting(job)) is None or not known.is_over:\n"
+        "    assert time.monotonic() < end, known\n    time.sleep(0.5)\n"
+        "print(json.dumps([slurm.state_from_controller(job).name, known.name, known.source]))\n"
+    )
+    try:
+        environment = {**os.environ, **box.environment(made)}
+        done = subprocess.run(
+            [sys.executable, "-c", script, "1", "true"], env=environment, cwd=REPOSITORY,
+            capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == ["COMPLETED", "COMPLETED", "sacct"]
+    finally:
+        box.down(name)
+
+
+def test_without_accounting_sacct_knows_nothing_and_that_is_no_error(launcher: Launcher) -> None:
+    script = "from launcher import slurm; print(slurm.state_from_accounting('1'), slurm.job_state('999999'))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=launcher.environment, cwd=REPOSITORY, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout == "None None\n"
+
+
+def test_thirty_two_nodes_run_a_job(tmp_path: Path) -> None:
     large = box.up(nodes=32, name=f"large-{os.getpid()}")
     try:
         environment = {**os.environ, **box.environment(large)}
