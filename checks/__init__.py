@@ -1,1 +1,1 @@
-"""Preflight: collect evidence on a node, judge it. Imports nothing of the launcher, nothing but the standard library."""
+"""Preflight: collect evidence on a node, judge it. Imports only the standard library, nothing of the launcher."""
