@@ -221,7 +221,7 @@ class TrainArgs:
         minimum=0,
     )
     steps: int = argument(200, "optimizer steps in the whole run", minimum=1)
-    lr: float = argument(3e-4, "peak learning rate", above=0)
+    lr: float = argument(0.0, "peak learning rate; 0 is the model's own", minimum=0)
     min_lr_ratio: float = argument(0.1, "last learning rate as a part of the peak", minimum=0, maximum=1)
     warmup_steps: int = argument(20, "steps in which the learning rate rises to its peak", minimum=0)
     weight_decay: float = argument(0.1, "AdamW's weight decay, on matrices only", minimum=0)
@@ -245,6 +245,11 @@ class TrainArgs:
     )
     device: str = argument("auto", "auto is the GPU where there is one", ("auto", "cpu", "cuda"))
     resume: bool = argument(True, "go on from the newest checkpoint of the run directory")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up: `lr`, or where that is 0 the one that suits the model."""
+        return self.lr or SIZES[self.model].lr
 
     def vocabulary_rows(self, tokenizer_vocab_size: int) -> int:
         """Rows of the embedding: `vocab_size`, or where that is 0 the model's own, or the tokenizer's.

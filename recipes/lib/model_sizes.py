@@ -30,6 +30,9 @@ class ModelSize:
     rope_theta: float
     tied: bool
     """Whether the output projection is the embedding itself."""
+    lr: float = 3e-4
+    """A peak learning rate that suits the size. Llama 3's from its paper (arXiv 2407.21783, table 3); the small ones
+    tried on the built-in corpus."""
     norm_epsilon: float = 1e-5
     rope_scaling: RopeScaling | None = None
 
@@ -42,7 +45,15 @@ class ModelSize:
 SIZES: dict[str, ModelSize] = {
     # Heads of 32: the smallest that the serving engines of the later chapters accept (16 stops vLLM on CPU).
     "tiny": ModelSize(
-        layers=4, width=128, heads=4, kv_heads=2, ffn_width=384, vocab_size=0, rope_theta=10_000.0, tied=True
+        layers=4,
+        width=128,
+        heads=4,
+        kv_heads=2,
+        ffn_width=384,
+        vocab_size=0,
+        rope_theta=10_000.0,
+        tied=True,
+        lr=3e-3,
     ),
     "small": ModelSize(
         layers=8,
@@ -53,6 +64,7 @@ SIZES: dict[str, ModelSize] = {
         vocab_size=0,
         rope_theta=10_000.0,
         tied=False,
+        lr=1e-3,
     ),
     "smollm2_135m": ModelSize(
         layers=30,
@@ -63,6 +75,7 @@ SIZES: dict[str, ModelSize] = {
         vocab_size=49_152,
         rope_theta=100_000.0,
         tied=True,
+        lr=1e-3,
     ),
     "llama_1b": ModelSize(
         layers=16,
@@ -73,6 +86,7 @@ SIZES: dict[str, ModelSize] = {
         vocab_size=128_256,
         rope_theta=500_000.0,
         tied=True,
+        lr=3e-4,
         rope_scaling=RopeScaling(factor=32.0),
     ),
     "llama_8b": ModelSize(
@@ -84,6 +98,7 @@ SIZES: dict[str, ModelSize] = {
         vocab_size=128_256,
         rope_theta=500_000.0,
         tied=False,
+        lr=3e-4,
     ),
     "llama_70b": ModelSize(
         layers=80,
@@ -94,6 +109,7 @@ SIZES: dict[str, ModelSize] = {
         vocab_size=128_256,
         rope_theta=500_000.0,
         tied=False,
+        lr=1.5e-4,
     ),
 }
 """By name: `llama_1b` is Llama-3.2-1B, `llama_8b` and `llama_70b` are Llama 3 (not 3.1: no RoPE scaling)."""

@@ -25,17 +25,17 @@ def build_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=args.peak_lr, betas=BETAS, fused=True)
 
 
 def learning_rate(step: int, args: TrainArgs) -> float:
     """Rate of optimizer step `step` (from 1): a linear rise, then a cosine to `min_lr_ratio` of the peak."""
     if step <= args.warmup_steps:
-        return args.lr * step / args.warmup_steps
+        return args.peak_lr * step / args.warmup_steps
     decaying = max(1, args.steps - args.warmup_steps)
     progress = min(1.0, (step - args.warmup_steps) / decaying)
-    floor = args.lr * args.min_lr_ratio
-    return floor + (args.lr - floor) * (1 + math.cos(math.pi * progress)) / 2
+    floor = args.peak_lr * args.min_lr_ratio
+    return floor + (args.peak_lr - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
