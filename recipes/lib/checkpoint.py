@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -88,15 +87,18 @@ def save(run_directory: Path, trained: Trained, progress: Progress, world: World
     beside = final.with_name(f"{final.name}.tmp")
     if world.is_first and beside.exists():
         shutil.rmtree(beside)  # left by a process that was killed while writing
-    wait_for_all()
+    wait_for_all(world)
     with _quiet_about_one_process():
         state_dict_saver.save(
-            _state(trained, progress, world), checkpoint_id=beside, no_dist=not dist.is_initialized()
+            _state(trained, progress, world),
+            checkpoint_id=beside,
+            process_group=world.patient,
+            no_dist=world.patient is None,
         )
-    wait_for_all()
+    wait_for_all(world)
     if world.is_first:
         _publish(beside, final)
-    wait_for_all()
+    wait_for_all(world)
     return final
 
 
@@ -107,7 +109,7 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
     random state. Raises CheckpointMismatch where `trained.facts` differ from the checkpoint's.
     """
     # Facts first: weights of another shape would fail further down with a message about tensors.
-    saved = json.loads(_load({"facts": ""}, folder)["facts"])
+    saved = json.loads(_load({"facts": ""}, folder, world)["facts"])
     for name, value in trained.facts.items():
         if saved.get(name) != value:
             raise CheckpointMismatch(
@@ -118,7 +120,7 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
     random_key = _random_key(world)
     if random_key not in filesystem.FileSystemReader(folder).read_metadata().state_dict_metadata:
         del state[random_key]
-    state = _load(state, folder)
+    state = _load(state, folder, world)
     set_state_dict(
         trained.model,
         trained.optimizer,
@@ -131,10 +133,12 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
     return Progress(**json.loads(state["progress"]))
 
 
-def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _load(state: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     """Fill `state`: tensors in place, other values by replacement. Gives it back."""
     with _quiet_about_one_process():
-        state_dict_loader.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        state_dict_loader.load(
+            state, checkpoint_id=folder, process_group=world.patient, no_dist=world.patient is None
+        )
     return state
 
 

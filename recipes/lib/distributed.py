@@ -6,6 +6,7 @@ process is a world of one.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,9 @@ import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 """After this long in one collective a rank gives up: another has died or hangs, and nodes cost money."""
+
+PATIENCE = datetime.timedelta(hours=2)
+"""The same for what one rank or a file system may take long over: preparing data, writing a checkpoint."""
 
 T = TypeVar("T")
 
@@ -40,6 +44,8 @@ class World:
     local_size: int
     """Ranks on this node."""
     device: torch.device
+    patient: dist.ProcessGroup | None = None
+    """All ranks, on gloo and with PATIENCE; None without torch.distributed."""
 
     @property
     def is_first(self) -> bool:
@@ -57,7 +63,7 @@ def joined(device: str = "auto") -> Iterator[World]:
     """
     world = world_from_environment(os.environ, device)
     _start_process_group(world)
-    yield world
+    yield dataclasses.replace(world, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
     # Not in a `finally`: after an error the other ranks may be inside a collective, and leaving the group
     # would wait for them. The process ends with its traceback instead and the launcher stops the rest.
     dist.barrier()
@@ -138,10 +144,10 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def wait_for_all() -> None:
-    """Return when every rank has arrived; at once in a world of one."""
-    if dist.is_initialized():
-        dist.barrier()
+def wait_for_all(world: World) -> None:
+    """Return when every rank has arrived, within PATIENCE; at once in a world of one."""
+    if world.patient is not None:
+        dist.barrier(world.patient)
 
 
 def from_first(value: T, world: World) -> T:

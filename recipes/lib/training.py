@@ -10,7 +10,6 @@ Suffixes of tensor names: B sequences of one rank's microbatch, S tokens of a se
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import math
 import random
@@ -22,7 +21,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -45,9 +43,6 @@ from recipes.lib.model_sizes import SIZES, ModelSize
 from recipes.lib.optimizer import clip_gradients, learning_rate, set_learning_rate
 from recipes.lib.parallelism import Precision, attention_backends, precision
 from recipes.lib.pretrained import check_init_from, load_pretrained
-
-PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
-"""How long ranks wait for rank 0 to tokenize a corpus; a collective's timeout would end the job meanwhile."""
 
 Microbatch = tuple[Tensor, Tensor]
 """Inputs and targets, both [B, S]; the same shape on every rank and for every microbatch."""
@@ -93,15 +88,12 @@ def make_plan(recipe: str, args: TrainArgs, world: World) -> Plan:
     All ranks call this together. Raises ArgumentError for arguments that cannot work, on every rank.
     """
     check_init_from(args.init_from, args.model, args.vocab_size)
-    patient = None
-    if dist.is_initialized():
-        patient = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
     dataset = Dataset.open(
         args.data,
         sequence_length=args.sequence_length,
         seed=args.seed,
         init_from=args.init_from,
-        group=patient,
+        group=world.patient,
     )
     rows = args.vocabulary_rows(dataset.vocab_size)
     size = dataclasses.replace(SIZES[args.model], vocab_size=rows)
@@ -174,8 +166,8 @@ def train(plan: Plan, technique: Technique) -> None:
             )
             # ---- Step boundary: parameters, optimizer and progress belong to the same step on every rank.
             # ---- Saving happens here and nowhere else; so will agreeing on a request to stop.
-            last = step == args.steps
-            if last or step % args.log_every == 0:
+            # Also before each save: a loss that is no number raises, and such a model must not be saved.
+            if step == args.steps or step % args.log_every == 0 or is_saved(step, args):
                 value = loss.item()
                 metrics.log(
                     step=step,

@@ -6,13 +6,18 @@ float32 that order costs up to 1e-6 of the loss and 5e-5 of the norm.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
-from recipes.lib.distributed import joined
-from tests.recipes.parity import STEPS, Case, Outcome, launch, make_data, run_cases
+from recipes.ch3.ddp import Replicated
+from recipes.lib.distributed import World, joined
+from recipes.lib.training import optimizer_step
+from tests.recipes.parity import STEPS, Case, Outcome, build, launch, make_data, plan_for, run_cases
 
 LAYOUTS = {
     # Every rank has the same share, in one piece.
@@ -181,3 +186,59 @@ def test_initial_weights_are_equal_bit_for_bit(layout: str, dtype: str, outcomes
     cases = [case.name for case in ALL if f"-{layout}-{dtype}-" in case.name]
     assert len(cases) == (1 + len(STRATEGIES)) * len(WORLD_SIZES)
     assert len({outcomes[name].weights_before for name in cases}) == 1
+
+
+@pytest.fixture
+def one_rank() -> Iterator[World]:
+    """A process group of this process alone, left also when the test fails."""
+    try:
+        with joined("cpu") as world:
+            yield world
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+MICROBATCHES = {"batch_size": 6, "microbatch_size": 2}
+"""Three of them a step."""
+
+
+def test_ddp_sends_gradients_once_a_step(tmp_path: Path, one_rank: World) -> None:
+    """Sent after every microbatch, they would come to the same sum at three times the traffic."""
+    make_data(tmp_path / "data")
+    case, sent = Case("ddp", "ddp", 1, args=MICROBATCHES), []
+    plan = plan_for(case, tmp_path, one_rank)
+    technique = build(case, plan)
+    assert isinstance(technique, Replicated)
+
+    def count(state, bucket):  # type: ignore[no-untyped-def] # DDP refuses annotations that are text
+        sent.append(bucket.index())
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    technique.model.register_comm_hook(None, count)
+    optimizer_step(plan, technique, 1)
+    assert sent
+    assert len(sent) == len(set(sent))
+
+
+def test_hybrid_shard_sums_over_copies_once_a_step(
+    tmp_path: Path, one_rank: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_data(tmp_path / "data")
+    case = Case("hybrid", "fsdp", 1, args={**MICROBATCHES, "strategy": "hybrid_shard"})
+    summed = []
+    plan = plan_for(case, tmp_path, one_rank)
+    technique = build(case, plan)
+    sharded = [module for module in technique.model.modules() if isinstance(module, FSDPModule)]
+    send = dist.all_reduce
+
+    def count(tensor: torch.Tensor, *args: object, **options: object) -> object:
+        summed.append(tensor.shape)
+        return send(tensor, *args, **options)
+
+    monkeypatch.setattr(dist, "all_reduce", count)
+    optimizer_step(plan, technique, 1)
+    # The root holds nothing of its own, and the head shares the last norm's group.
+    assert len(summed) == len(sharded) - 2

@@ -127,6 +127,16 @@ def test_lines_hold_what_readers_of_a_run_rely_on(tmp_path: Path) -> None:
     assert checkpoint.latest(plan.run_directory) == checkpoint.folder_of(plan.run_directory, 5)
 
 
+def test_a_model_whose_loss_is_no_number_is_not_saved(tmp_path: Path) -> None:
+    plan = plan_in(tmp_path, log_every=5, save_every=1)
+    technique = Baseline.build(plan)
+    with torch.no_grad():
+        technique.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(NotFinite, match="step 1:"):
+        train(plan, technique)
+    assert checkpoint.latest(plan.run_directory) is None
+
+
 def make_metrics(folder: Path) -> Metrics:
     """Metrics of the one rank."""
     cost = FlopsPerToken(1.0, 1.0)
