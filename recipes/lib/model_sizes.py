@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class ModelSize:
     rope_theta: float
     tied: bool
     """Whether the output projection is the embedding itself."""
-    lr: float = 3e-4
+    lr: float = field(default=3e-4, compare=False)
     """A peak learning rate that suits the size. Llama 3's from its paper (arXiv 2407.21783, table 3); the small ones
     tried on the built-in corpus."""
     norm_epsilon: float = 1e-5

@@ -151,12 +151,12 @@ def check_folder(init_from: str, size: ModelSize, model: str = "") -> None:
         found = size_of(config)
     except ValueError as error:
         raise ArgumentError("init_from", init_from, f"its {CONFIG_FILE}: {error}") from None
-    for field in dataclasses.fields(ModelSize):
-        ours, theirs = getattr(size, field.name), getattr(found, field.name)
-        if not _agree(ours, theirs) and not (field.name == "vocab_size" and ours == 0):
-            problem = f"its {CONFIG_FILE} has {_HUGGING_FACE_NAMES[field.name]} {_fact(theirs)}, "
+    for name, published_name in _HUGGING_FACE_NAMES.items():
+        ours, theirs = getattr(size, name), getattr(found, name)
+        if not _agree(ours, theirs) and not (name == "vocab_size" and ours == 0):
+            problem = f"its {CONFIG_FILE} has {published_name} {_fact(theirs)}, "
             problem += f"model={model} has {_fact(ours)}" if model else f"the model has {_fact(ours)}"
-            nearest = next((name for name, known in SIZES.items() if _same_size(known, found)), None)
+            nearest = next((known for known in SIZES if _same_size(SIZES[known], found)), None)
             hint = f"; nearest: model={nearest}" if nearest and nearest != model else ""
             raise ArgumentError("init_from", init_from, problem + hint)
     _check_tensors(init_from, folder, tied=size.tied, layers=size.layers)
@@ -245,8 +245,7 @@ def _tensor_names(init_from: str, file: Path) -> set[str]:
 
 
 def _same_size(ours: ModelSize, theirs: ModelSize) -> bool:
-    names = (field.name for field in dataclasses.fields(ModelSize))
-    return all(_agree(getattr(ours, name), getattr(theirs, name)) for name in names)
+    return all(_agree(getattr(ours, name), getattr(theirs, name)) for name in _HUGGING_FACE_NAMES)
 
 
 def _agree(ours: Any, theirs: Any) -> bool:

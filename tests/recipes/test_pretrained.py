@@ -185,6 +185,16 @@ def test_a_config_that_we_write_describes_the_size_it_was_written_for(name: str)
     assert size_of(json.loads(json.dumps(config))) == size
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_each_size_accepts_the_config_of_its_published_weights(name: str, tmp_path: Path) -> None:
+    size = replace(SIZES[name], vocab_size=SIZES[name].vocab_size or 4096)
+    (tmp_path / "config.json").write_text(
+        json.dumps(hugging_face_config(size, context=2048)), encoding="utf-8"
+    )
+    with pytest.raises(ArgumentError, match=r"holds no \*\.safetensors file"):
+        check_init_from(str(tmp_path), name)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "problem"),
     [
