@@ -184,6 +184,8 @@ def _hugging_face(data: str) -> Corpus:
             # An unknown name, a missing config, no network: the library's errors derive from these three.
             first_line = next(iter(str(error).splitlines()), "")
             problem = f"cannot be read from Hugging Face: {type(error).__name__}: {first_line}"
+            if isinstance(error, ConnectionError):
+                problem += f"; where there is a network: python -m recipes.lib.prepare data={data}"
             raise ArgumentError("data", data, problem) from error
         characters = 0
         for row in rows:

@@ -166,10 +166,9 @@ def test_a_dataset_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatc
     _pretend_datasets(monkeypatch, ConnectionError("Couldn't reach the Hub\nmany\nmore lines"))
     with pytest.raises(ArgumentError) as caught:
         list(open_corpus("hf:org/stories").documents())
-    line = str(caught.value)
-    assert (
-        line
-        == "data=hf:org/stories: cannot be read from Hugging Face: ConnectionError: Couldn't reach the Hub"
+    assert str(caught.value) == (
+        "data=hf:org/stories: cannot be read from Hugging Face: ConnectionError: Couldn't reach the Hub; "
+        "where there is a network: python -m recipes.lib.prepare data=hf:org/stories"
     )
 
 
