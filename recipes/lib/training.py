@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -26,8 +27,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from recipes.lib import checkpoint
 from recipes.lib.arguments import TrainArgs, one_line_errors
-from recipes.lib.checkpoint import Progress, Trained
-from recipes.lib.dataset import Dataset
+from recipes.lib.checkpoint import CheckpointMismatch, Progress, Trained
+from recipes.lib.dataset import DataError, Dataset
 from recipes.lib.distributed import (
     LaunchError,
     World,
@@ -228,9 +229,10 @@ def microbatches(plan: Plan, step: int) -> list[Microbatch]:
 def recipe_main(body: Callable[[], None]) -> Callable[[], None]:
     """Decorator of a recipe's `main`: how its errors leave the process.
 
-    A mistake in the arguments or in the launch is one line on stderr and exit status 2, without a traceback.
-    Everything else keeps its traceback, and torchrun's agent gets it too (`record`), so that its summary
-    names the rank that failed first instead of the ones that were killed after it.
+    What a person has to set right (arguments, the launch, data that nodes do not share, another run's
+    checkpoint) is one line on stderr and exit status 2: trying again would change nothing. Everything else
+    keeps its traceback, and torchrun's agent gets it too (`record`), so that its summary names the rank
+    that failed first instead of the ones that were killed after it.
     """
 
     @functools.wraps(body)
@@ -238,8 +240,12 @@ def recipe_main(body: Callable[[], None]) -> Callable[[], None]:
         with one_line_errors():
             try:
                 record(body)()
-            except LaunchError as error:
+            except LaunchError as error:  # about this rank, or its node
                 print(f"error: {error}", file=sys.stderr, flush=True)
+                sys.exit(2)
+            except (CheckpointMismatch, DataError) as error:  # the same on every rank
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"error: {error}", file=sys.stderr, flush=True)
                 sys.exit(2)
 
     return main

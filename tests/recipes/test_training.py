@@ -304,6 +304,9 @@ def test_a_recipe_goes_on_in_the_run_directory_that_it_is_given(tmp_path: Path) 
     assert start(["recipes.ch1.baseline", "steps=4"], tmp_path, **run, ATTEMPT="2").returncode == 0
     lines = metrics_of(tmp_path / "run")
     assert [(line["attempt"], line["step"]) for line in lines] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    other = start(["recipes.ch1.baseline", "steps=6", "seed=1"], tmp_path, **run, ATTEMPT="3")
+    assert (other.returncode, other.stderr.count("\n")) == (2, 1)
+    assert "was trained with seed=0, this run has seed=1" in other.stderr
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
