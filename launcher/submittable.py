@@ -16,6 +16,7 @@ from launcher.paths import run_root
 from launcher.spec import Container, JobSpec, UserError
 from recipes.lib.arguments import ArgumentError
 from recipes.lib.corpus import check_data
+from recipes.lib.pretrained import check_init_from
 
 
 def check_submittable(spec: JobSpec) -> None:
@@ -45,13 +46,11 @@ def check_run_root(root: Path) -> None:
 
 
 def _check_arguments(args: Mapping[str, Any]) -> None:
-    init_from = args.get("init_from")
-    if isinstance(init_from, str) and init_from:
-        folder = Path(init_from)
-        if not folder.is_dir():
-            raise UserError(f"args.init_from={init_from}: there is no such folder")
-        if next(folder.glob("*.safetensors"), None) is None:
-            raise UserError(f"args.init_from={init_from}: no *.safetensors file is in it")
+    if args.get("init_from"):
+        try:
+            check_init_from(args["init_from"], args["model"], args["vocab_size"])
+        except ArgumentError as error:
+            raise UserError(f"args.{error}") from None
     if isinstance(args.get("data"), str):
         try:
             check_data(args["data"])
