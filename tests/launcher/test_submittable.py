@@ -72,7 +72,7 @@ def test_missing_folders_and_files_are_named(checkout: SampleCheckout, tmp_path:
 
     assert found("args.init_from=gone") == f"args.init_from={tmp_path}/gone: no folder {tmp_path}/gone"
     (tmp_path / "empty").mkdir()
-    assert found("args.init_from=empty").startswith(f"args.init_from={tmp_path}/empty: no config.json")
+    assert found("args.init_from=empty").startswith(f"args.init_from={tmp_path}/empty: holds no config.json")
     assert found("args.data=./gone").startswith(f"args.data={tmp_path}/gone: no folder")
     image = ("container.kind=apptainer", "container.image=./gone.sif")
     assert found(*image) == "container.image=./gone.sif: there is no such file"
