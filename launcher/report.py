@@ -198,7 +198,8 @@ def _attempt(
         word = str(state["state"]) if goes_on else "no line"
     cause = record.get("cause") or CAUSE_OF_STATE.get(word)
     said = record.get("evidence") or ([record["reason"]] if record.get("reason") else [])
-    last = number(record.get("step_out")) if steps is None else steps.lines[-1].step
+    reached = [number(record.get("step_out")), steps.lines[-1].step if steps is not None else None]
+    last = max((step for step in reached if step is not None), default=None)
     seconds: dict[Kind, float] = {}
     for each in inside:
         seconds[each.kind] = seconds.get(each.kind, 0.0) + each.seconds

@@ -130,8 +130,9 @@ def curve(
 ) -> str:
     """A value over optimizer steps, all attempts on one axis.
 
-    A repeated step has a halo around its first, lost result: the two results coincide where training is deterministic,
-    and would otherwise hide each other. A dashed line is the step after which an attempt began.
+    A repeated step has a band behind it and a halo around its first, lost result: the two results coincide where
+    training is deterministic, and would otherwise hide each other. A dashed line is the step from which an attempt went
+    on.
     """
     points = {
         attempt: [(line.step, found) for line in steps.lines if (found := value(line)) is not None]
@@ -148,17 +149,18 @@ def curve(
             continue
         x = plot.x(steps.resumed_after)
         marks.append(f'<line class="attempt" x1="{x:.1f}" x2="{x:.1f}" y1="{plot.top}" y2="{plot.bottom}"/>')
-        if x - taken > 20:
+        if x - taken > 26:
             marks.append(f'<text class="tick" x="{x + 4:.1f}" y="{plot.top + 10}">{attempt}</text>')
             taken = x
     for attempt, steps in steps_of_attempt.items():
         lost = [point for point in points[attempt] if point[0] > steps.kept_until]
         if lost:
-            marks.append(
-                plot.line(lost, "halo", f"attempt {attempt}: steps {lost[0][0]} to {lost[-1][0]}, repeated")
-            )
-            first, last = plot.x(lost[0][0] - 1), plot.x(lost[-1][0])
-            marks.append(_bar("lost", first, plot.bottom - 4, max(1.0, last - first), 4, "repeated steps"))
+            said = f"attempt {attempt}: steps up to {lost[-1][0]} were lost, and repeated"
+            begin = plot.x(max(steps.kept_until, steps.resumed_after or 0))
+            width = max(1.5, plot.x(lost[-1][0]) - begin)
+            marks.append(_bar("band", begin, plot.top, width, plot.bottom - plot.top, said))
+            marks.append(_bar("lost", begin, plot.bottom - 4, width, 4, said))
+            marks.append(plot.line(lost, "halo", said))
     kept = sorted(
         point
         for attempt, steps in steps_of_attempt.items()
@@ -178,7 +180,7 @@ def curve(
     if kept:
         step, found = kept[-1]
         marks.append(
-            f'<text class="last" x="{plot.x(step) + 7:.1f}" y="{plot.y(found) + 4:.1f}">{_figure(found)}</text>'
+            f'<text class="last" x="{plot.x(step) + 7:.1f}" y="{plot.y(found) + 4:.1f}">{_figure(found, 4)}</text>'
         )
     return _svg(plot.height, marks, f"{unit} over optimizer steps")
 
@@ -357,12 +359,12 @@ def _nice(low: float, high: float, about: int) -> list[float]:
     return [round(number * apart, 12) for number in range(first, math.floor(high / apart + 1e-9) + 1)]
 
 
-def _figure(found: float) -> str:
+def _figure(found: float, digits: int = 3) -> str:
     """ "8.35", "12.4k", "1.2M"."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(found) >= size:
-            return f"{found / (1e3 if letter == 'k' else size):.3g}{letter}"
-    return f"{found:,.0f}" if abs(found) >= 100 else f"{found:.3g}" if found else "0"
+            return f"{found / (1e3 if letter == 'k' else size):.{digits}g}{letter}"
+    return f"{found:,.0f}" if abs(found) >= 100 else f"{found:.{digits}g}" if found else "0"
 
 
 def _short(seconds: float) -> str:

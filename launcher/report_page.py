@@ -27,6 +27,9 @@ def page(report: Report, title: Title) -> str:
         each.number: (str(each.number), (each.cause or each.state).replace("_", " "))
         for each in report.attempts
     }
+    clock = "Time since the first submission; each row begins with the wait before the attempt."
+    if any(each.kind == "idle" for each in report.stretches):
+        clock += " Long idle stretches are drawn short."
     body = [_head(report, title), _figures(report)]
     if report.stretches:
         body.append(
@@ -39,7 +42,7 @@ def page(report: Report, title: Title) -> str:
         body.append(
             _section(
                 "Attempts on the clock",
-                "Time since the first submission; each row begins with the wait before the attempt.",
+                clock,
                 charts.time_by_attempt(report.stretches, names),
             )
         )
@@ -72,8 +75,8 @@ def page(report: Report, title: Title) -> str:
 
 
 def percent(ratio: float | None) -> str:
-    """ "87.3 %", "not on record"."""
-    return "not on record" if ratio is None else f"{ratio * 100:.1f} %"
+    """ "87.3%", "not on record"."""
+    return "not on record" if ratio is None else f"{ratio:.1%}"
 
 
 def _head(report: Report, title: Title) -> str:
@@ -150,7 +153,7 @@ def _table(attempts: tuple[Attempt, ...]) -> str:
         lost = "" if not each.lost_steps else f"{each.lost_steps:,}"
         cause = (each.cause or each.state).replace("_", " ")
         kind = "good" if each.cause == "done" else "going" if not each.failed else "bad"
-        then = f"<small>{escape(each.action)}</small>" if each.action else ""
+        then = f"<small>{escape(each.action)}</small>" if each.action and each.cause != "done" else ""
         without = f"<small>without {escape(', '.join(each.excluded))}</small>" if each.excluded else ""
         nodes = f"<small>{escape(_few(each.nodes))}</small>" if each.nodes else ""
         ranks = f"{each.world_size:,}" if each.world_size is not None else "?"
@@ -233,7 +236,7 @@ table { border-collapse:collapse; font-variant-numeric:tabular-nums }
 .attempts td:nth-child(n+3):nth-child(-n+5), .attempts th:nth-child(n+3):nth-child(-n+5) { text-align:right }
 .attempts td.said { white-space:normal; min-width:220px; color:var(--soft); overflow-wrap:anywhere }
 .attempts b { font-weight:600 }
-small { display:block; color:var(--soft); font-size:12px; max-width:170px; white-space:normal }
+small { display:block; color:var(--soft); font-size:12px; max-width:260px; white-space:normal }
 ul { margin:0; padding-left:19px; color:var(--soft); font-size:14px }
 footer { margin-top:44px; border-top:1px solid var(--rule); color:var(--soft); font-size:12.5px }
 footer p { max-width:76ch }
@@ -248,7 +251,8 @@ svg text { font-size:12px } .tick { fill:var(--soft) }
 .cut { stroke:var(--paper); stroke-width:2.5; fill:none }
 polyline { fill:none; stroke-linejoin:round; stroke-linecap:round }
 .line { stroke:var(--curve); stroke-width:2 } .raw { stroke:var(--pale); stroke-width:1.2 }
-.halo { stroke:var(--lost); stroke-width:8; opacity:.38 } .dot { fill:var(--curve) }
+.halo { stroke:var(--lost); stroke-width:7; opacity:.45 } .band { fill:var(--lost); opacity:.13 }
+.dot { fill:var(--curve) }
 .last { fill:var(--curve); font-weight:600 }
 @media (max-width:600px) { main { padding:22px 16px } }
 @media print { .wide { overflow:visible } section { break-inside:avoid } }

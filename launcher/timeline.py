@@ -96,7 +96,12 @@ class _Painter:
     missing: set[Kind] = field(default_factory=set)
 
     def paint(self, kind: Kind, begin: float, end: float) -> None:
-        if end > begin:  # clocks of two nodes may disagree: nothing has a negative length
+        if end <= begin:  # clocks of two nodes may disagree: nothing has a negative length
+            return
+        last = self.stretches[-1] if self.stretches else None
+        if last is not None and last.kind == kind and last.end == begin:
+            self.stretches[-1] = Stretch(kind, last.begin, end, self.attempt)
+        else:
             self.stretches.append(Stretch(kind, begin, end, self.attempt))
 
 
@@ -216,7 +221,10 @@ def paint_attempt(
             painter.paint("preflight", started, middle)
             painter.paint("start" if tasks is not None else "stop", middle, until)
     if steps is not None:
-        _paint_steps(painter, steps, [save for save in saves if save.attempt == attempt], tasks, ended)
+        mine = [save for save in saves if save.attempt == attempt]
+        # Saves are announced since ledger lines have causes: there, none announced is none made.
+        announced = "cause" in record or any(save.attempt <= attempt for save in saves)
+        _paint_steps(painter, steps, mine, tasks, ended, announced=announced)
     elif tasks is not None and ended is not None:
         start = number(parts.get("start"))
         if start is not None:
@@ -233,7 +241,13 @@ def paint_attempt(
 
 
 def _paint_steps(
-    painter: _Painter, steps: Steps, saves: Sequence[Save], tasks: float | None, ended: float | None
+    painter: _Painter,
+    steps: Steps,
+    saves: Sequence[Save],
+    tasks: float | None,
+    ended: float | None,
+    *,
+    announced: bool,
 ) -> None:
     first, last = steps.lines[0], steps.lines[-1]
     begin = _begin_of_steps(steps)
@@ -245,17 +259,17 @@ def _paint_steps(
         begin = max(begin, tasks)
         painter.paint("start", tasks, begin)
     blocked = _blocked(saves)
-    if not saves or len(blocked) < sum(save.event in ("saved", "failed") for save in saves):
+    if not announced or len(blocked) < sum(save.event in ("saved", "failed") for save in saves):
         painter.missing.add("save")
     before, step_before = begin, steps.resumed_after if steps.resumed_after is not None else first.step - 1
     tokens_before: float | None = None
     for line in steps.lines:
         pauses = list(blocked)
-        if not saves and tokens_before is not None:
+        if not announced and tokens_before is not None:
             pauses = _pause(before, line, tokens_before)
         free = without(before, line.time, pauses)
         for gap_begin, gap_end in without(before, line.time, free):
-            painter.paint("save" if saves else "unknown", gap_begin, gap_end)
+            painter.paint("save" if announced else "unknown", gap_begin, gap_end)
         kept = min(max(steps.kept_until - step_before, 0), line.step - step_before)
         budget = sum(end - start for start, end in free) * kept / (line.step - step_before)
         for start, end in free:

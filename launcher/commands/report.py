@@ -47,15 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     found = runs.find(known_run_roots(), options.run)
     report = build(records_of(found))
+    file = options.html if options.html is not None else found.path / PAGE
+    if options.html is not None or not options.json:
+        write_page(report, found, file)  # first: a reader of the text may leave early (`| head`)
     if options.json:
         print(json.dumps(report.as_json(), ensure_ascii=False))
     else:
-        show(report, found, Console())
-    if options.html is not None or not options.json:
-        file = options.html if options.html is not None else found.path / PAGE
-        write_page(report, found, file)
-        if not options.json:
-            Console().print(f"page           {file}", highlight=False, soft_wrap=True, markup=False)
+        console = Console()
+        show(report, found, console)
+        console.print(f"page      {file}", highlight=False, soft_wrap=True, markup=False)
     return 0
 
 
@@ -101,6 +101,7 @@ def show(report: Report, found: runs.Run, console: Console) -> None:
     if report.attempts:
         console.print()
         console.print(_attempts(report), highlight=False)
+        _show_evidence(report, console)
     for note in report.notes:
         console.print(f"[yellow]note[/] {note}", highlight=False, soft_wrap=True)
 
@@ -153,7 +154,6 @@ def _attempts(report: Report) -> Table:
         table.add_column(name, justify="right" if side == "right" else "left", no_wrap=True)
     table.add_column("repeated", justify="right", no_wrap=True)
     table.add_column("job", no_wrap=True)
-    table.add_column("evidence", overflow="fold")
     for each in report.attempts:
         took = (
             duration(each.ended - each.started)
@@ -168,7 +168,12 @@ def _attempts(report: Report) -> Table:
         if each.action and each.cause != "done":
             ended.append(f", {each.action}", style="default")
         lost = str(each.lost_steps) if each.lost_steps else ""
-        table.add_row(
-            str(each.number), ended, took, steps, lost, each.job_id or "", Text("\n".join(each.evidence[:3]))
-        )
+        table.add_row(str(each.number), ended, took, steps, lost, each.job_id or "")
     return table
+
+
+def _show_evidence(report: Report, console: Console) -> None:
+    """Below the table, where a line has room; a run that is done needs none."""
+    for each in report.attempts:
+        for line in each.evidence[:3] if each.cause != "done" else ():
+            console.print(f"attempt {each.number}: {line}", highlight=False, markup=False, soft_wrap=True)
