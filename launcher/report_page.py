@@ -245,7 +245,8 @@ footer p { max-width:76ch }
 .unknown { fill:url(#hatch) } .hatched { fill:var(--paper) } .hatching { stroke:var(--hatch); stroke-width:4 }
 rect:hover { opacity:.8 }
 svg text { font-size:12px } .tick { fill:var(--soft) }
-.on { text-anchor:middle; fill:#fff; font-weight:600 } .on-idle, .on-unknown, .on-queue { fill:var(--ink) } .on-start { fill:#1d2530 }
+.on { text-anchor:middle; fill:#fff; font-weight:600 } .on-idle, .on-unknown, .on-queue { fill:var(--ink) }
+.on-start { fill:#1d2530 }
 .grid { stroke:var(--grid) } .axis { stroke:var(--queue) }
 .attempt { stroke:var(--soft); stroke-dasharray:4 4; opacity:.55 }
 .cut { stroke:var(--paper); stroke-width:2.5; fill:none }
