@@ -19,6 +19,10 @@ from pathlib import Path
 
 from launcher.spec import UserError
 
+SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.02, 0.5
+PAUSE_SHARE = 0.05
+"""Between two looks for the address, of the time waited so far: so much longer does the meeting take at most."""
+
 
 class RendezvousError(Exception):
     """Ranks could not find each other: who waited, for what, how long."""
@@ -105,6 +109,7 @@ def resolve(host: str) -> str:
 
 def publish(path: Path, endpoint: Endpoint) -> None:
     """Write the endpoint beside `path` and rename it into place: complete or invisible."""
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps({"address": endpoint.address, "port": endpoint.port}))
     os.replace(temporary, path)
@@ -114,14 +119,17 @@ def wait_for(path: Path, *, deadline_seconds: float) -> Endpoint:
     """Wait until rank 0 has published its endpoint. Raises RendezvousError after the deadline.
 
     Looks through the folder's listing: asking NFS for a name that did not exist caches the "no" for up to a minute.
+    So the folder should hold little else. Looks get rarer, or a thousand waiting ranks would keep the file server busy.
     """
-    end = time.monotonic() + deadline_seconds
+    began = time.monotonic()
+    path.parent.mkdir(exist_ok=True)
     while path.name not in os.listdir(path.parent):
-        if time.monotonic() > end:
+        waited = time.monotonic() - began
+        if waited > deadline_seconds:
             raise RendezvousError(
                 f"{socket.gethostname()}: rank 0 published no address in {path} within {deadline_seconds:.0f} s; "
                 "its log says why it did not start"
             )
-        time.sleep(0.02)
+        time.sleep(min(LONGEST_PAUSE_SECONDS, max(SHORTEST_PAUSE_SECONDS, waited * PAUSE_SHARE)))
     fields = json.loads(path.read_text())
     return Endpoint(fields["address"], fields["port"])

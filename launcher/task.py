@@ -27,7 +27,9 @@ from typing import Any
 
 from launcher import rendezvous
 
-ENDPOINT_FILE = "rendezvous.json"
+ENDPOINT_FILE = "rendezvous/endpoint.json"
+"""In a folder of its own: waiting ranks list it, and the attempt's folder holds a log of each of them."""
+
 RENDEZVOUS_SECONDS = 300.0
 """How long ranks wait for rank 0. Importing torch from a cold parallel file system takes minutes, not seconds."""
 

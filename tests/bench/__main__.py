@@ -3,7 +3,7 @@
 The three ways take turns (A B C A B C …), so that a machine that slows down slows all of them. Each submits the same
 script to the same box, to start in an hour, and is timed as a whole process. Printed: minimum, median and maximum, and
 differences and ratios of turns, not of medians. Then the controller: from the first line of the batch script to the
-start of the tasks, preflight included.
+start of the tasks, preflight included. Last, what a thousand ranks cost, by simulation (tests/bench/scale.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from launcher import box, runs
 from launcher.codeversion import version_of
 from launcher.paths import REPOSITORY
+from tests.bench import scale
 
 TURNS = 9
 CONTROLLED_RUNS = 7
@@ -51,7 +52,8 @@ def main() -> int:
             _controller(Path(folder), environment)
     finally:
         box.down(name)
-    return 0
+    print()
+    return scale.main()
 
 
 def _machine() -> str:
