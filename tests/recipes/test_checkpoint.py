@@ -136,7 +136,7 @@ def test_a_save_that_is_killed_stays_invisible(
 
     def killed(*args: object, checkpoint_id: Path, **kwargs: object) -> None:
         checkpoint_id.mkdir()
-        (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+        (checkpoint_id / "__7_0.distcp").write_bytes(b"half, by an eighth rank")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -146,6 +146,7 @@ def test_a_save_that_is_killed_stays_invisible(
     assert checkpoint.latest(tmp_path) == first
     second = checkpoint.save(tmp_path, trained, Progress(step=2), world)
     assert checkpoint.load(second, trained, world) == Progress(step=2)
+    assert not (second / "__7_0.distcp").exists()
     assert sorted(entry.name for entry in second.parent.iterdir()) == ["step-00000001", "step-00000002"]
 
 
