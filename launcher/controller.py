@@ -199,6 +199,7 @@ def _one_attempt(here: Here, bad: tuple[str, ...]) -> Decision:
         made_steps="train" in seconds, saved_in=saved_in, saved_out=saved_out, code=codeversion.recorded(run.path),
         excluded=bad,
     )  # fmt: skip
+    job = _now(here)
     decision = recovery.decide(
         outcome, [*ledger.past(run.attempts_file), ledger.past_of(dataclasses.asdict(record))],
         _possible(here, ended, nodes, bad, job),
@@ -256,6 +257,17 @@ def _carry_out(
             here, outcome.state, f"{outcome.reason}; {why}", attempt=number, rank=outcome.rank, action=action
         )
     return Decision(action, why, exclude)
+
+
+def _now(here: Here) -> ownjob.OwnJob | None:
+    """What Slurm says of the job at this moment, or said last where it does not answer."""
+    if here.watcher is None:
+        return None
+    try:
+        return ownjob.look(here.allocation.job_id)
+    except slurm.SlurmError as error:
+        say(f"slurmctld does not answer; its last word counts: {error}")
+        return here.watcher.newest
 
 
 def _possible(
