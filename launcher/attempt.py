@@ -113,6 +113,7 @@ class _Attempt:
         self.seconds: dict[str, float] = {}
         self.stop: stopping.Stop | None = None
         self.killed_at: float | None = None
+        self._asked = False
         self.hang: hangs.Hang | None = None
         self._log = OwnLog.begin() if allocation.job_id else None
         self._master = ""
@@ -186,7 +187,8 @@ class _Attempt:
             if not self.allocation.job_id:
                 self.step.ask_to_stop()  # under Slurm the tasks receive what the job receives
         elif self.stop is None:
-            if signals.warning and self.here.watcher is not None:
+            if signals.warning and self.here.watcher is not None and not self._asked:
+                self._asked = True
                 self.here.watcher.ask_now()
             stop = stopping.due(
                 self.here.job(), warned=bool(signals.warning), now=now, measured=self.here.stop_seconds

@@ -22,7 +22,9 @@ STOP_FILE = "stop.json"
 MOST_MARGIN_SECONDS = 20.0
 """Kept of the time that is left, for the ledger line and the requeue."""
 WARNING_SLACK_SECONDS = 90.0
-"""Slurm's warning came 24 s early on 22.05, and its clock for time limits ticks in half minutes."""
+"""A warning so much ahead of the time that was asked for is not about the time limit."""
+EARLIEST_WARNING_SECONDS = 30.0
+"""Slurm's warning came 24 s early on 22.05."""
 LOCAL_GRACE_SECONDS = 10.0
 
 
@@ -91,7 +93,7 @@ def due(job: OwnJob | None, *, warned: bool, now: float, measured: float | None)
     if left is None or total is None or left > lead + WARNING_SLACK_SECONDS:
         # Nobody warns so early of a time limit: somebody wants the nodes.
         return Stop("preemption", deadline, f"SIGUSR1, and the time limit is {_in(left)}")
-    if left > max(total / 2, 3.0 * lead):
+    if left > max(0.6 * total, lead + EARLIEST_WARNING_SECONDS):
         return None  # a warning made for a longer limit; the clock above speaks in time
     return Stop("time_limit", deadline, f"SIGUSR1; the time limit is {_in(left)}")
 

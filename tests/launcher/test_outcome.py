@@ -83,7 +83,11 @@ def test_each_cause_is_told_from_its_evidence(name: str) -> None:
 def test_the_first_error_by_time_is_the_cause_and_the_others_are_evidence() -> None:
     echo = error(0, 20.0, "RuntimeError", "Connection closed by peer")
     found = classify(
-        Ending(1, task_exits=(TaskExit("n1", (0, 1), 1, ""),), errors=(echo, error(3, 10.0, message="bad shape\nmore")))
+        Ending(
+            1,
+            task_exits=(TaskExit("n1", (0, 1), 1, ""),),
+            errors=(echo, error(3, 10.0, message="bad shape\nmore")),
+        )
     )
     assert found == Outcome(
         "user_error", "rank 3 on n2: ValueError: bad shape", 3, "n2",
@@ -116,7 +120,10 @@ def test_a_run_that_finished_is_done_even_when_the_job_is_cancelled_a_moment_lat
 
 def test_a_signal_to_the_controller_is_no_failure_of_the_recipe() -> None:
     ending = ended(signal="Terminated", stop_signal="SIGTERM", stop_reason="cancel")
-    assert (classify(ending).cause, classify(ending).reason) == ("cancelled", "the controller received SIGTERM")
+    assert (classify(ending).cause, classify(ending).reason) == (
+        "cancelled",
+        "the controller received SIGTERM",
+    )
 
 
 def test_a_save_that_fails_during_a_stop_is_evidence_and_the_stop_the_cause() -> None:

@@ -76,7 +76,9 @@ def test_a_job_that_may_not_be_requeued_gets_a_successor() -> None:
 def test_a_broken_node_is_left_behind() -> None:
     alone = decide(ended("hardware", "n2"), past("hardware"), HERE)
     assert (alone.action, alone.exclude) == ("requeued", ("n2",))
-    spare = decide(ended("hardware", "n2"), past("hardware"), Possible(slurm=True, seconds_left=3600.0, spare_nodes=1))
+    spare = decide(
+        ended("hardware", "n2"), past("hardware"), Possible(slurm=True, seconds_left=3600.0, spare_nodes=1)
+    )
     assert (spare.action, spare.exclude) == ("restarted", ("n2",))
     dead = decide(ended("node_failure", "n2"), past("node_failure"), Possible(slurm=True, spare_nodes=1))
     assert (dead.action, dead.exclude) == ("restarted", ("n2",))
@@ -90,10 +92,15 @@ def test_a_run_of_this_machine_restarts_but_has_no_queue() -> None:
     here = Possible(slurm=False)
     assert decide(ended("unknown"), past("unknown"), here).action == "restarted"
     assert decide(ended("time_limit"), past("time_limit"), here).action == "stopped"
-    assert decide(ended("unknown"), past("unknown"), Possible(slurm=False, interactive=True)).action == "stopped"
+    assert (
+        decide(ended("unknown"), past("unknown"), Possible(slurm=False, interactive=True)).action == "stopped"
+    )
 
 
 def test_what_the_preflight_found_waits_for_a_person_or_takes_a_spare() -> None:
     found, history = ended("hardware", "n2"), past("hardware", steps=False)
     assert decide(found, history, Possible(slurm=True, preflight_failed=True)).action == "stopped"
-    assert decide(found, history, Possible(slurm=True, preflight_failed=True, spare_nodes=1)).action == "restarted"
+    assert (
+        decide(found, history, Possible(slurm=True, preflight_failed=True, spare_nodes=1)).action
+        == "restarted"
+    )
