@@ -190,8 +190,9 @@ def sign_of(line: str) -> Cause | None:
 
 def _stopped(ending: Ending) -> bool:
     """Whether every rank that we know of stopped as asked; srun ends the slower ones with Terminated."""
-    asked = all(task.exit_code == STOPPED_EXIT or task.signal == "Terminated" for task in ending.task_exits)
-    return ending.exit_code == STOPPED_EXIT and asked and not ending.errors
+    exits = ending.task_exits
+    asked = all(task.exit_code in (STOPPED_EXIT, 128 + 15) or task.signal == "Terminated" for task in exits)
+    return asked and any(task.exit_code == STOPPED_EXIT for task in exits) and not ending.errors
 
 
 def _from_the_ranks(ending: Ending) -> Outcome:

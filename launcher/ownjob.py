@@ -144,8 +144,18 @@ class Watcher:
 
 
 def is_away(error: slurm.SlurmError) -> bool:
-    """Whether slurmctld did not answer, which passes, or refused, which does not."""
-    return any(sign in str(error) for sign in _AWAY)
+    """Whether slurmctld did not answer, which passes, or refused, which does not.
+
+    The words alone do not tell: without slurmctld `scontrol requeue` of 22.05 says "Unexpected message received".
+    """
+    return any(sign in str(error) for sign in _AWAY) or not _answers()
+
+
+def _answers() -> bool:
+    try:
+        return " is UP" in slurm.run(["scontrol", "ping"], timeout=QUICK_SECONDS)
+    except slurm.SlurmError:
+        return False
 
 
 def insist(command: Sequence[str], until: float, say: Callable[[str], None], **how: Mapping[str, str]) -> str:

@@ -132,6 +132,11 @@ def test_a_save_that_fails_during_a_stop_is_evidence_and_the_stop_the_cause() ->
     assert (found.cause, found.evidence) == ("time_limit", (str(full),))
 
 
+def test_a_slower_agent_that_srun_terminated_does_not_hide_that_the_ranks_stopped() -> None:
+    exits = (TaskExit("n1", (0,), STOPPED_EXIT, ""), TaskExit("n2", (1,), 143, ""))
+    assert classify(Ending(143, exits)).cause == "requeued"
+
+
 def test_a_rank_that_stops_while_another_fails_does_not_hide_it() -> None:
     exits = (TaskExit("n1", (0,), STOPPED_EXIT, ""), TaskExit("n2", (2,), None, "Segmentation fault"))
     assert classify(Ending(STOPPED_EXIT, exits)).cause == "user_error"
