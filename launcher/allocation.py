@@ -81,6 +81,15 @@ def _gpus_on_node(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_GPUS_ON_NODE", "0"))
 
 
+def _working_nodes(spec: JobSpec, allocation: Allocation) -> int:
+    working = len(allocation.nodes) - spec.spares
+    if working < 1:
+        raise UserError(
+            f"spares={spec.spares}: the job has {len(allocation.nodes)} nodes, and none would be left to work"
+        )
+    return working
+
+
 def fit(spec: JobSpec, allocation: Allocation) -> JobSpec:
     """The spec as it will run here: the allocation's sizes in place of the requested ones.
 
@@ -93,7 +102,7 @@ def fit(spec: JobSpec, allocation: Allocation) -> JobSpec:
         )
     return dataclasses.replace(
         spec,
-        nodes=len(allocation.nodes),
+        nodes=_working_nodes(spec, allocation),
         tasks_per_node=allocation.tasks_per_node,
         cpus_per_task=allocation.cpus_per_task,
         gpus_per_node=allocation.gpus_per_node,

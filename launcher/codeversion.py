@@ -73,3 +73,12 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def recorded(run_dir: Path) -> str:
+    """The commit in a run's code.json, with a + where the tree was changed; "" where it is not known."""
+    try:
+        about = json.loads((run_dir / "code.json").read_text())
+    except FileNotFoundError:
+        return ""
+    return f"{about['commit']}{'+' if about.get('dirty') else ''}" if about.get("commit") else ""

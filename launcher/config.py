@@ -146,7 +146,7 @@ def _check_key(override: Override, recipe: RecipeEntry, known: Mapping[str, Argu
     elif not is_setting(key):
         job_keys = [*FILE_KEYS, *SETTINGS, *(f"{group}.NAME" for group in OPEN_GROUPS)]
         argument = nearest(key, known)
-        if argument is not None and nearest(key, job_keys) is None:
+        if argument is not None and nearest(key, [*job_keys, *known]) == argument:
             raise UserError(f"unknown key '{key}': did you mean args.{argument}?")
         raise UserError(f"unknown key '{key}': {did_you_mean(key, [*job_keys, *_ARGUMENTS_AS_ONE])}")
 
@@ -187,6 +187,7 @@ def _compose_point(chosen: _Chosen, point: Sequence[Override]) -> Composed:
         on_cpu=args.get("device") == "cpu",
     )
     _check_world_size(shape, chosen, typed)
+    _check_spares(merged.get("spares") or 0, shape, profile)
     if args.get("device") == "cuda" and shape.gpus_per_node == 0:
         raise UserError(
             f"args.device=cuda: the job gets no GPU on cluster '{profile.name}' (gpus_per_node=0); "
@@ -195,6 +196,18 @@ def _compose_point(chosen: _Chosen, point: Sequence[Override]) -> Composed:
     words = [f"recipe={recipe.name}", f"cluster={profile.name}"]
     words += [as_word(override, chosen.sweeps) for override in point]
     return Composed(_spec(chosen, args, merged, shape), origins, tuple(words), chosen.note)
+
+
+def _check_spares(spares: int, shape: Shape, profile: ClusterProfile) -> None:
+    if spares and profile.executor != "slurm":
+        raise UserError(
+            f"spares={spares}: cluster '{profile.name}' is this one machine; it has no node in reserve"
+        )
+    most = profile.capacity.max_nodes
+    if spares and most is not None and shape.nodes + spares > most:
+        raise UserError(
+            f"spares={spares}: {shape.nodes} nodes and {spares} in reserve; cluster '{profile.name}' gives a job {most}"
+        )
 
 
 def _arguments(chosen: _Chosen, point: Sequence[Override], origins: dict[str, str]) -> dict[str, Any]:
@@ -278,6 +291,7 @@ def _spec(chosen: _Chosen, args: Mapping[str, Any], merged: Mapping[str, Any], s
         sbatch=_group(settings, "sbatch"),
         container=container,
         fabric=fabric,
+        spares=settings.get("spares", 0),
         environment=environment,
         **plain,
     )

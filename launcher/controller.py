@@ -1,4 +1,4 @@
-"""Runs in the batch step: preflight -> start -> watch -> ledger. `python -m launcher.controller`.
+"""Runs in the batch step: attempt -> ledger -> what comes next. `python -m launcher.controller`.
 
 Two ways in, one way on. A submitted run names its directory (--run-dir). A file of jobs/ gives the words that the CLI
 would have got; the configuration is then composed here, before any task starts, and the run directory is made here.
@@ -6,57 +6,63 @@ would have got; the configuration is then composed here, before any task starts,
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Protocol
 
-from launcher import codeversion, ledger, outcome, preflight, rendezvous, runs, slurm
+from launcher import (
+    codeversion,
+    durations,
+    ledger,
+    lost,
+    ownership,
+    ownjob,
+    recovery,
+    rendezvous,
+    runs,
+    slurm,
+    status,
+    successor,
+)
 from launcher.allocation import Allocation, fit, local_allocation, slurm_allocation
+from launcher.attempt import Ended, Here, run_attempt
 from launcher.machine import box_name
+from launcher.outcome import STOPPED_EXIT
+from launcher.ownership import Owner
 from launcher.paths import REPOSITORY, run_root
+from launcher.recovery import Decision
+from launcher.saying import own_log, say
 from launcher.spec import JobSpec, UserError
-from launcher.steps import Launch, LocalStep, SlurmStep
+from launcher.stopping import Signals
 
-POLL_SECONDS = 0.1
 EXIT_USAGE = 2
-
-
-class Step(Protocol):
-    """Tasks that run somewhere."""
-
-    def poll(self) -> int | None: ...
-    def terminate(self) -> None: ...
-    def last_lines(self) -> list[str]: ...
-    def task_exits(self) -> list[slurm.TaskExit]: ...
-
-
-@dataclass
-class StopRequest:
-    """Set by a signal handler and read by the watch loop; nothing else happens inside the handler."""
-
-    signal_name: str = ""
-
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
+EXIT_GOES_ON = STOPPED_EXIT
+"""The run is not done, and another job or this one again continues it."""
+KEPT_SECONDS = 5.0
+"""Before the time limit: after it a requeue is no longer possible."""
+LONGEST_RETRY_SECONDS = 1800.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one attempt. Returns 0 when the run is done, 1 when it is not, 2 for a mistake in the configuration."""
-    stop = StopRequest()
-    stop.install()
+    """Work on a run until it is done or this job's part in it is.
+
+    Returns 0 when the run is done, 75 when it goes on in the queue, 1 when it stopped, 2 for a mistake.
+    """
+    signals = Signals()
+    signals.install()
     try:
         run, spec, allocation = _prepare(list(sys.argv[1:] if argv is None else argv), os.environ)
-        return control(run, spec, allocation, stop)
+        me = ownership.this_process(allocation.cluster, allocation.job_id)
+        replaced = ownership.acquire(run.path, me, _is_alive)
+        if replaced is not None:
+            say(f"{replaced} no longer runs; this job goes on in its place")
+        try:
+            return control(_here(run, spec, allocation, signals))
+        finally:
+            ownership.release(run.path, me)
     except (UserError, slurm.SlurmError, rendezvous.RendezvousError) as error:
         print(f"launcher: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -87,7 +93,7 @@ def _prepare_from_job_file(
         run = runs.create(root, spec, words)
         runs.remember_job(root, allocation.cluster, allocation.job_id, run)
         where = {"box": box_name()} if spec.cluster == "box" else {}
-        run.add_job(allocation.job_id, "slurm", log=_own_log(), **where)
+        run.add_job(allocation.job_id, "slurm", log=own_log(), **where)
         codeversion.record_code(REPOSITORY, run.path)
     return run, spec, allocation
 
@@ -118,178 +124,212 @@ def _refuse_sizes(words: list[str], asked: JobSpec, given: JobSpec) -> None:
             )
 
 
-def control(run: runs.Run, spec: JobSpec, allocation: Allocation, stop: StopRequest) -> int:
-    """One attempt from preflight to the ledger line. Returns the batch step's exit status."""
-    attempt, attempt_dir = run.new_attempt_dir()
-    about = {"attempt": attempt, "job_id": allocation.job_id, "pid": os.getpid()}
-    started, step_in = time.time(), runs.last_metrics(run).get("step")
-    say(
-        f"run {run.id} attempt {attempt}: {spec.recipe} on {', '.join(allocation.nodes)}; directory {run.path}"
-    )
-    run.write_state(state="starting", reason="preflight", **about)
+def _is_alive(owner: Owner) -> bool:
+    """Whether another owner of the run still works. Raises SlurmError where Slurm cannot say: unknown blocks."""
+    if owner.job_id:
+        state = slurm.job_state(owner.job_id)
+        return state is not None and not state.is_over and state.name != "PENDING"
+    return owner.host == ownership.this_process("", "").host and status.is_alive(owner.pid)
 
-    environment = _step_environment(os.environ)
-    python = _interpreter(spec)
-    ending, timings, master = None, {}, ""
-    try:
-        master = _master_address(allocation)
-        clock = time.monotonic()
-        findings = _preflight(spec, allocation, master, attempt_dir, python, environment)
-        timings["preflight"] = round(time.monotonic() - clock, 3)
-        if findings:
-            ending = outcome.Outcome("failed", f"preflight: {findings[0]}")
-    except (UserError, slurm.SlurmError) as error:
-        ending = outcome.Outcome("failed", str(error))
 
-    tasks_started = None
-    if ending is None and not stop.signal_name:
-        run.write_state(state="running", reason=f"{spec.world_size} ranks", **about)
-        launch = Launch(
-            spec, allocation, REPOSITORY, run.path, attempt_dir, master, python,
-            _contract(spec, run, attempt, environment),
-        )  # fmt: skip
-        tasks_started = time.time()
-        if batch := os.environ.get("LAUNCHER_BATCH_STARTED"):
-            timings["controller"] = round(tasks_started - float(batch.replace(",", ".")), 3)
-        how = "under torchrun" if spec.launch == "torchrun" else "one task each"
-        say(f"starting {spec.world_size} ranks, {how}, master {master}")
-        step = _start(launch, environment)
-        codeversion.record_packages(attempt_dir / "packages.txt")
-        ending, exit_code = _watch(step, spec, allocation, attempt_dir, stop)
-    else:
-        exit_code = 1
-        ending = ending or outcome.Outcome("cancelled", f"the controller received {stop.signal_name}")
-
-    ended = time.time()
-    timings["tasks"] = round(ended - (tasks_started or ended), 3)
-    record = ledger.AttemptRecord(
-        attempt, allocation.job_id, allocation.nodes, spec.world_size, ending.state, ending.reason, exit_code,
-        started, tasks_started, ended, ending.rank, step_in, runs.last_metrics(run).get("step"), spec.launch, timings,
-        {"torch": codeversion.version_of("torch") or "", "submitit": codeversion.version_of("submitit") or ""},
+def _here(run: runs.Run, spec: JobSpec, allocation: Allocation, signals: Signals) -> Here:
+    watcher, kill_wait, deadline = None, ownjob.DEFAULT_KILL_WAIT, None
+    if allocation.job_id:
+        try:
+            first, kill_wait = ownjob.look(allocation.job_id), ownjob.kill_wait()
+        except slurm.SlurmError as error:
+            if not ownjob.is_away(error):
+                raise
+            first = None  # the watcher learns it when slurmctld is back
+            say(f"slurmctld does not answer: {error}")
+        watcher = ownjob.Watcher(allocation.job_id, first)
+    elif spec.executor == "local":
+        deadline = time.time() + spec.time_minutes * 60
+    return Here(
+        run, spec, allocation, _step_environment(os.environ), spec.python or sys.executable, signals, watcher,
+        kill_wait, durations.measured_stop_seconds(run), deadline,
     )  # fmt: skip
-    ledger.append(run.attempts_file, record)
-    run.write_state(state=ending.state, reason=ending.reason, rank=ending.rank, **about)
-    say(f"{ending.state}: {ending.reason}")
-    return 0 if ending.state == "done" else 1
 
 
-def _watch(
-    step: Step, spec: JobSpec, allocation: Allocation, attempt_dir: Path, stop: StopRequest
-) -> tuple[outcome.Outcome, int]:
-    """Wait for the tasks; a signal or the time limit of a run without Slurm ends them."""
-    log = _OwnLog.begin() if allocation.job_id else None
-    deadline = None if allocation.job_id else time.monotonic() + spec.time_minutes * 60
-    late = False
-    while (exit_code := step.poll()) is None:
-        if stop.signal_name and not allocation.job_id:
-            step.terminate()  # under Slurm the tasks receive what the job receives
-        if deadline is not None and time.monotonic() > deadline:
-            late = True
-            step.terminate()
-        time.sleep(POLL_SECONDS)
-    ending = outcome.Ending(
-        exit_code=exit_code,
-        task_exits=tuple(step.task_exits()),
-        errors=rank_errors(attempt_dir),
-        stop_signal=stop.signal_name,
-        slurm_cause=_cause_of_the_end(log) if stop.signal_name else "",
-        deadline_passed=late,
-        last_lines=tuple(step.last_lines()),
+def control(here: Here) -> int:
+    """Attempts in this allocation until one is not followed by another here. Returns the batch step's exit status."""
+    run = here.run
+    refusal = lost.settle(run, here.allocation)
+    if refusal:
+        say(f"stopped: {refusal}")
+        _write_state(here, "lost", refusal, action="stopped")
+        return 1
+    bad: tuple[str, ...] = ()
+    while True:
+        decision = _one_attempt(here, bad)
+        if decision.action != "restarted":
+            return {"done": 0, "stopped": 1}.get(decision.action, EXIT_GOES_ON)
+        bad = tuple(dict.fromkeys((*bad, *decision.exclude)))
+
+
+def _one_attempt(here: Here, bad: tuple[str, ...]) -> Decision:
+    """One attempt, its ledger line, and what was decided, done as far as it can be done from here."""
+    run, spec = here.run, here.spec
+    nodes = _working_nodes(here, bad)
+    number, attempt_dir = run.new_attempt_dir()
+    started, step_in = time.time(), runs.last_metrics(run).get("step")
+    saved_in = durations.last_saved(durations.announcements(run))
+    lost.note_start(attempt_dir, here.allocation.job_id, nodes, started)
+    say(f"run {run.id} attempt {number}: {spec.recipe} on {', '.join(nodes)}; directory {run.path}")
+    _write_state(here, "starting", "preflight", attempt=number)
+    _write_state(here, "running", f"{spec.world_size} ranks", attempt=number)
+    ended = run_attempt(here, number, attempt_dir, nodes)
+
+    metrics, events = ledger.read_lines(run.metrics_file), durations.announcements(run)
+    now = time.time()
+    seconds = {**ended.seconds, **durations.of_attempt(number, ended.tasks_started, now, metrics, events)}
+    job = here.watcher.newest if here.watcher else None
+    if (
+        job is not None
+        and job.queue_seconds is not None
+        and number == _first_attempt_of(run, here.allocation)
+    ):
+        seconds["queue"] = job.queue_seconds
+    outcome, saved_out = ended.outcome, durations.last_saved(events)
+    record = ledger.AttemptRecord(
+        number, here.allocation.job_id, nodes, spec.world_size, outcome.state, outcome.reason, ended.exit_code,
+        started, ended.tasks_started, now, outcome.rank, step_in, _last_step(metrics), spec.launch, seconds,
+        {"torch": codeversion.version_of("torch") or "", "submitit": codeversion.version_of("submitit") or ""},
+        cause=outcome.cause, evidence=outcome.evidence, restarts=here.allocation.restart_count,
+        made_steps="train" in seconds, saved_in=saved_in, saved_out=saved_out, code=codeversion.recorded(run.path),
+        excluded=bad,
+    )  # fmt: skip
+    job = _now(here)
+    decision = recovery.decide(
+        outcome, [*ledger.past(run.attempts_file), ledger.past_of(dataclasses.asdict(record))],
+        _possible(here, ended, nodes, bad, job),
+    )  # fmt: skip
+    excluded = tuple(dict.fromkeys((*bad, *decision.exclude)))
+    ledger.append(
+        run.attempts_file,
+        dataclasses.replace(record, action=decision.action, decision=decision.reason, excluded=excluded),
     )
-    return outcome.classify(ending), exit_code
-
-
-def rank_errors(attempt_dir: Path) -> tuple[outcome.RankError, ...]:
-    """The exceptions that task wrappers recorded in this attempt."""
-    records = (runs.read_json(path) for path in sorted(attempt_dir.glob("error-*.json")))
-    return tuple(outcome.RankError.from_record(record) for record in records if record is not None)
-
-
-def _preflight(
-    spec: JobSpec,
-    allocation: Allocation,
-    master: str,
-    attempt_dir: Path,
-    python: str,
-    environment: Mapping[str, str],
-) -> list[preflight.Finding]:
-    if spec.preflight == "off":
-        say("preflight is off")
-        return []
-    findings = preflight.run(
-        spec, allocation, master=master, attempt_dir=attempt_dir, python=python, environment=environment
+    say(f"{outcome.cause}: {outcome.reason}")
+    for line in outcome.evidence:
+        say(f"  {line}")
+    say(f"{decision.action}: {decision.reason}")
+    if decision.action == "restarted":
+        _write_state(here, "starting", f"again, after: {outcome.reason}", attempt=number)
+        return decision
+    _write_state(
+        here, outcome.state, outcome.reason, attempt=number, rank=outcome.rank, action=decision.action
     )
-    for finding in findings:
-        say(f"preflight: {finding}")
-    return findings
+    return _carry_out(here, decision, excluded, number, ended)
 
 
-def _start(launch: Launch, environment: Mapping[str, str]) -> Step:
-    if launch.allocation.job_id:
-        return SlurmStep(launch, environment)
-    return LocalStep(launch, environment, attached=launch.spec.executor == "debug")
+def _carry_out(
+    here: Here, decision: Decision, exclude: tuple[str, ...], number: int, ended: Ended
+) -> Decision:
+    """Requeue, or submit a successor. Where Slurm refuses the first the second is tried, and both are in the ledger."""
+    if decision.action not in ("requeued", "successor") or (
+        decision.action == "requeued" and ended.slurm_cause
+    ):
+        return decision
+    run, job_id = here.run, here.allocation.job_id
+    end = (job.end_time if (job := here.job()) is not None else None) or time.time() + LONGEST_RETRY_SECONDS
+    until = min(end - KEPT_SECONDS, time.time() + LONGEST_RETRY_SECONDS)
+    action: recovery.Action = decision.action
+    why = decision.reason
+    if action == "requeued":
+        try:
+            ownjob.requeue(job_id, exclude, until, say)
+        except slurm.SlurmError as error:
+            action, why = "successor", f"Slurm does not requeue the job: {error}"
+            say(why)
+        else:
+            return decision
+    try:
+        new_job = successor.submit(run, here.spec, job_id, exclude, until, say)
+    except slurm.SlurmError as error:
+        action, why = "stopped", f"Slurm takes no successor: {error}"
+        say(f"stopped: {why}; resume continues it")
+    else:
+        say(f"job {new_job} follows job {job_id}")
+    if action != decision.action:
+        ledger.amend(run.attempts_file, number, action=action, decision=why)
+        outcome = ended.outcome
+        _write_state(
+            here, outcome.state, f"{outcome.reason}; {why}", attempt=number, rank=outcome.rank, action=action
+        )
+    return Decision(action, why, exclude)
 
 
-def _master_address(allocation: Allocation) -> str:
-    """The first node's NodeAddr, resolved; 127.0.0.1 only where the whole run is on this machine."""
-    if not allocation.job_id:
-        return "127.0.0.1"
-    first = allocation.nodes[0]
-    return rendezvous.resolve(slurm.node_addresses([first])[first])
+def _now(here: Here) -> ownjob.OwnJob | None:
+    """What Slurm says of the job at this moment, or said last where it does not answer."""
+    if here.watcher is None:
+        return None
+    try:
+        return ownjob.look(here.allocation.job_id)
+    except slurm.SlurmError as error:
+        say(f"slurmctld does not answer; its last word counts: {error}")
+        return here.watcher.newest
+
+
+def _possible(
+    here: Here, ended: Ended, nodes: Sequence[str], bad: Sequence[str], job: ownjob.OwnJob | None
+) -> recovery.Possible:
+    in_slurm = bool(here.allocation.job_id)
+    now = time.time()
+    current = here.job()
+    left = total = None
+    if current is not None and current.end_time is not None:
+        left = current.end_time - now
+        total = None if current.start_time is None else current.end_time - current.start_time
+    spares = [node for node in here.allocation.nodes if node not in nodes and node not in bad]
+    return recovery.Possible(
+        slurm=in_slurm,
+        # Slurm has ended the job at its limit: it can no longer be requeued, only followed.
+        may_requeue=(job is None or job.may_requeue) and ended.slurm_cause != "TIMEOUT",
+        slurm_requeues=bool(ended.slurm_cause),
+        seconds_left=left,
+        worth_a_restart=min(120.0, total / 3) if total else 120.0,
+        spare_nodes=len(spares) if in_slurm else 0,
+        interactive=here.spec.executor == "debug",
+        preflight_failed=ended.tasks_started is None,
+    )
+
+
+def _working_nodes(here: Here, bad: Sequence[str]) -> tuple[str, ...]:
+    """The first healthy nodes of the allocation; without spares simply all of them."""
+    everything, needed = here.allocation.nodes, here.spec.nodes
+    if not here.spec.spares:
+        return everything
+    gone = {*bad, *ownjob.unhealthy(everything)}
+    healthy = tuple(node for node in everything if node not in gone)
+    if len(healthy) < needed:
+        raise UserError(
+            f"{needed} nodes are needed and {len(healthy)} of the job's {len(everything)} are healthy"
+        )
+    return healthy[:needed]
+
+
+def _first_attempt_of(run: runs.Run, allocation: Allocation) -> int:
+    """Number of the first attempt in this start of the job: the one that waited in the queue."""
+    same = [
+        line["attempt"]
+        for line in run.attempts()
+        if line.get("job_id") == allocation.job_id and line.get("restarts") == allocation.restart_count
+    ]
+    return int(min(same)) if same and allocation.job_id else len(run.attempt_dirs())
+
+
+def _last_step(metrics: Sequence[Mapping[str, object]]) -> int | None:
+    step = metrics[-1].get("step") if metrics else None
+    return step if isinstance(step, int) else None
+
+
+def _write_state(here: Here, state: str, reason: str, **more: object) -> None:
+    here.run.write_state(state=state, reason=reason, job_id=here.allocation.job_id, pid=os.getpid(), **more)
 
 
 def _step_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What srun and local tasks inherit: this process's environment without stale inputs."""
     return {**slurm.for_steps(environment), "PYTHONUNBUFFERED": "1"}
-
-
-def _contract(spec: JobSpec, run: runs.Run, attempt: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a recipe may rely on, beyond torch's own (which the task wrapper sets)."""
-    paths = [str(REPOSITORY), *filter(None, [environment.get("PYTHONPATH")])]
-    return {
-        **spec.environment,
-        "RUN_DIR": str(run.path),
-        "ATTEMPT": str(attempt),
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def _interpreter(spec: JobSpec) -> str:
-    return spec.python or sys.executable
-
-
-def _own_log() -> str:
-    """The file behind our standard error, "" where that is no file (a terminal, a pipe)."""
-    path = Path("/proc/self/fd/2").resolve()
-    return str(path) if path.is_file() else ""
-
-
-@dataclass(frozen=True)
-class _OwnLog:
-    """The batch step's log from here on: slurmstepd writes into it why it ends the job."""
-
-    path: Path
-    offset: int
-
-    @classmethod
-    def begin(cls) -> _OwnLog | None:
-        path = _own_log()
-        return cls(Path(path), os.stat(path).st_size) if path else None
-
-    def added(self) -> str:
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read().decode(errors="replace")
-
-
-def _cause_of_the_end(log: _OwnLog | None) -> str:
-    return slurm.parse_cancellation(log.added()) if log is not None else ""
-
-
-def say(message: str) -> None:
-    """One dated line in the batch step's log."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from launcher import runs, slurm
+from launcher import durations, runs, slurm
 from launcher.machine import box_name
 from launcher.paths import REPOSITORY
-from launcher.render import Submission, render
 from launcher.spec import JobSpec, UserError
+from launcher.successor import script_for
 
 LOCAL_GRACE_MINUTES = 2
 """submitit's own limit lies this much behind ours, so that the controller ends the tasks and writes the ledger."""
@@ -72,17 +72,6 @@ def _complaint(complaint: str) -> str:
     return lines[0] if lines else "no message"
 
 
-def script_for(run: runs.Run, spec: JobSpec) -> str:
-    """The sbatch text of one run."""
-    submission = Submission(
-        run_dir=run.path,
-        repository=REPOSITORY,
-        python=spec.python or sys.executable,
-        log=f"{str(run.submitit_folder).replace('%', '%%')}/%j_0_log.out",
-    )
-    return render(spec, submission)
-
-
 def submit(run: runs.Run, spec: JobSpec) -> str:
     """Hand the run to its executor and return the job's id (Slurm's number, or a process id of this machine).
 
@@ -96,7 +85,7 @@ def submit(run: runs.Run, spec: JobSpec) -> str:
 
 
 def _submit_to_slurm(run: runs.Run, spec: JobSpec) -> str:
-    script = script_for(run, spec)
+    script = script_for(run, spec, durations.measured_stop_seconds(run))
     runs.write_text(run.script_file, script)
     job = RenderedSlurmExecutor(run.submitit_folder, script).submit_script()
     where = {"box": box_name()} if spec.cluster == "box" else {}

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.recovery import Past
+
 
 @dataclass(frozen=True)
 class AttemptRecord:
@@ -36,8 +38,28 @@ class AttemptRecord:
     """Last optimizer step on record when the attempt began; None where no metrics were written."""
     step_out: int | None = None
     launch: str = "srun"
+    """Way of starting the tasks: srun or torchrun."""
     seconds: Mapping[str, float] = field(default_factory=dict)
+    """queue, preflight, controller, tasks, and of these start, train, save; lost: work that no checkpoint holds."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    cause: str = "unknown"
+    """launcher.outcome.Cause: finer than `state`."""
+    evidence: tuple[str, ...] = ()
+    """The lines that the cause was read from."""
+    action: str = "stopped"
+    """launcher.recovery.Action: what came after."""
+    decision: str = ""
+    """Why that."""
+    restarts: int = 0
+    """How often Slurm had started this job before."""
+    made_steps: bool = False
+    saved_in: int | None = None
+    """Newest step that was announced as saved when the attempt began, and at its end."""
+    saved_out: int | None = None
+    code: str = ""
+    """Commit, with a + where the tree was changed."""
+    excluded: tuple[str, ...] = ()
+    """Nodes that the run has to do without from here on."""
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -75,6 +97,28 @@ def append(path: Path, record: AttemptRecord) -> None:
     append_line(path, dataclasses.asdict(record))
 
 
+def amend(path: Path, attempt: int, **changes: Any) -> None:
+    """Correct an attempt's record by another line: what was written stays, and the later word counts."""
+    append_line(path, {"attempt": attempt, "amends": True, **changes})
+
+
 def attempts(path: Path) -> list[dict[str, Any]]:
     """The ledger's records, oldest first, as plain mappings (a newer launcher may have written more keys)."""
-    return read_lines(path)
+    records: dict[Any, dict[str, Any]] = {}
+    for line in read_lines(path):
+        if line.pop("amends", False):
+            records.setdefault(line["attempt"], {}).update(line)
+        else:
+            records[line["attempt"]] = line
+    return list(records.values())
+
+
+def past_of(record: Mapping[str, Any]) -> Past:
+    """A record as the decision about the next attempt sees it. An older launcher wrote no cause."""
+    before, after = record.get("saved_in"), record.get("saved_out")
+    saved = after is not None and (before is None or after > before)
+    return Past(str(record.get("cause", "unknown")), bool(record.get("made_steps", True)), saved)
+
+
+def past(path: Path) -> list[Past]:
+    return [past_of(record) for record in attempts(path)]

@@ -97,6 +97,7 @@ def _one_per_node(allocation: Allocation) -> list[str]:
     return [
         "srun",
         f"--nodes={nodes}",
+        f"--nodelist={','.join(allocation.nodes)}",
         f"--ntasks={nodes}",
         "--ntasks-per-node=1",
         "--cpus-per-task=1",

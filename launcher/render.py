@@ -7,12 +7,17 @@ Python ends FAILED instead of being requeued.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.spec import JobSpec
+
+DEFAULT_WARNING_SECONDS = 120
+"""Ahead of the time limit of a run that has not been measured yet."""
+LEAST_WARNING_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class Submission:
     python: str
     log: str
     """The batch step's own output, with Slurm's patterns (%j)."""
+    stop_seconds: float | None = None
+    """What stopping takes in this run, as its ledger says; None before there is a measurement."""
 
 
 def render(spec: JobSpec, submission: Submission | None = None, *, words: Sequence[str] = ()) -> str:
@@ -55,7 +62,7 @@ def sbatch_flags(spec: JobSpec, submission: Submission | None) -> list[str]:
     """
     flags: dict[str, str] = {
         "job-name": spec.recipe,
-        "nodes": str(spec.nodes),
+        "nodes": str(spec.nodes + spec.spares),
         "ntasks-per-node": str(spec.tasks_per_node),
         "cpus-per-task": str(spec.cpus_per_task),
     }
@@ -69,8 +76,23 @@ def sbatch_flags(spec: JobSpec, submission: Submission | None) -> list[str]:
         flags["exclude"] = ",".join(spec.exclude)
     flags["output"] = submission.log if submission else "%x-%j.log"
     flags["open-mode"] = "append"  # a requeued job must not erase the log of what went before
+    flags["requeue"] = ""  # many sites say JobRequeue=0, which would end the run at the first dead node
+    measured = submission.stop_seconds if submission else None
+    flags["signal"] = f"B:USR1@{warning_seconds(spec.time_minutes * 60, measured)}"
+    if spec.spares:
+        flags["no-kill"] = ""  # the job outlives a node, so that a spare can take its place
     flags.update(spec.sbatch)
     return [f"--{name}={shlex.quote(value)}" if value else f"--{name}" for name, value in flags.items()]
+
+
+def warning_seconds(limit_seconds: float, measured: float | None = None) -> int:
+    """How long before the time limit the ranks are asked to save and stop.
+
+    What stopping took before, or a guess; never more than a third of the limit, because Slurm looks at the clock
+    only now and then: it signals up to half a minute earlier than told.
+    """
+    wanted = DEFAULT_WARNING_SECONDS if measured is None else max(LEAST_WARNING_SECONDS, math.ceil(measured))
+    return min(wanted, int(limit_seconds) // 3)
 
 
 def slurm_time(minutes: int) -> str:
@@ -181,5 +203,15 @@ if [ -n "$signalled" ]; then
   wait "$controller"
   final=$?
   [ "$final" -ne 127 ] && status=$final
+fi
+if [ "$status" -eq 137 ] && {{ [ "$SECONDS" -ge 60 ] || [ "${{SLURM_RESTART_COUNT:-0}}" -lt 3 ]; }}; then
+  # Killed outright, by the kernel out of memory or by hand: it could not requeue the job, and the ranks go on alone.
+  # The next controller counts how often that happens; a controller that dies young is not started for ever.
+  echo "launcher: the controller was killed (status 137); requeueing job $SLURM_JOB_ID" >&2
+  tries=0
+  until scontrol requeue "$SLURM_JOB_ID" || [ "$tries" -ge 30 ]; do
+    tries=$((tries + 1))
+    sleep 5
+  done
 fi
 exit "$status\""""

@@ -171,6 +171,7 @@ def items(value: object) -> tuple[str, ...]:
 
 SETTINGS: Mapping[str, Setting] = {
     "nodes": Setting("number of nodes", _whole(1), sweeps=True),
+    "spares": Setting("nodes to hold in reserve for ones that fail", _whole(0)),
     "tasks_per_node": Setting("ranks per node; one per GPU where there are GPUs", _whole(1), sweeps=True),
     "gpus_per_node": Setting("GPUs per node; 0 runs on CPUs", _whole(0), sweeps=True),
     "cpus_per_task": Setting("CPUs of each rank", _whole(1), sweeps=True),
@@ -224,6 +225,7 @@ _SBATCH_LAUNCHER = frozenset(
         "open-mode",
         "job-name",
         "requeue",
+        "no-kill",
         "no-requeue",
         "signal",
         "export",
@@ -235,7 +237,7 @@ _SBATCH_LAUNCHER = frozenset(
 _ENVIRONMENT_LAUNCHER = frozenset(
     {
         *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"),
-        *("MASTER_ADDR", "MASTER_PORT", "RUN_DIR", "ATTEMPT"),
+        *("MASTER_ADDR", "MASTER_PORT", "RUN_DIR", "ATTEMPT", "ATTEMPT_DIR"),
     }
 )
 

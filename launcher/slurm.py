@@ -161,7 +161,7 @@ _OF_AN_OUTER_JOB = re.compile(
 )
 _RENDEZVOUS = frozenset(
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_NAME "
-    "ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT RUN_DIR ATTEMPT".split()
+    "ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT RUN_DIR ATTEMPT ATTEMPT_DIR".split()
 )
 
 
@@ -211,7 +211,12 @@ def for_steps(environment: Mapping[str, str]) -> dict[str, str]:
 # --- thin callers ---------------------------------------------------------------------------------------------------
 
 
-def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> str:
+def run(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = COMMAND_TIMEOUT_SECONDS,
+) -> str:
     """Run a Slurm command and return what it printed. Raises SlurmError with its last line when it fails."""
     env = {
         **(os.environ if environment is None else environment),
@@ -224,13 +229,13 @@ def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None)
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=COMMAND_TIMEOUT_SECONDS,
+            timeout=timeout,
             env=env,
         )
     except FileNotFoundError as error:
         raise SlurmError(f"{command[0]}: not found on PATH") from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmError(f"{command[0]}: no answer within {COMMAND_TIMEOUT_SECONDS:.0f} s") from error
+        raise SlurmError(f"{command[0]}: no answer within {timeout:.0f} s") from error
     if done.returncode != 0:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         last = lines[-1] if lines else "no message"
@@ -238,9 +243,9 @@ def run(command: Sequence[str], *, environment: Mapping[str, str] | None = None)
     return done.stdout
 
 
-def job_record(job_id: str) -> dict[str, str]:
+def job_record(job_id: str, *, timeout: float = COMMAND_TIMEOUT_SECONDS) -> dict[str, str]:
     """`scontrol show job` as a mapping. Raises SlurmError when slurmctld does not know the job (any more)."""
-    return parse_key_values(run(["scontrol", "show", "job", "-o", job_id]))
+    return parse_key_values(run(["scontrol", "show", "job", "-o", job_id], timeout=timeout))
 
 
 def node_addresses(nodes: Sequence[str]) -> dict[str, str]:

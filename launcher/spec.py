@@ -48,11 +48,14 @@ class JobSpec:
     executor: Executor
 
     nodes: int
+    """Nodes that work; `spares` come on top."""
     tasks_per_node: int
     """One task is one rank: one process per GPU, or per CPU device where `gpus_per_node` is 0."""
     gpus_per_node: int
     cpus_per_task: int
     time_minutes: int
+    spares: int = 0
+    """Nodes that the job holds in reserve, to take the place of one that fails."""
     memory: str | None = None
     """Memory per node in Slurm's notation ("64G", "0" is all of it); None leaves the cluster's default."""
 

@@ -74,7 +74,8 @@ def _state(record: Mapping[str, Any], job: Mapping[str, Any]) -> tuple[str, str]
     if job["executor"] != "slurm":
         return _state_here(record, job)
     ended = record.get("job_id") == job_id and record["state"] in ENDS
-    if ended and record["state"] not in SLURM_MAY_GO_ON:
+    may_go_on = record.get("action") == "requeued" or record.get("state") in SLURM_MAY_GO_ON
+    if ended and not may_go_on:
         return record["state"], record["reason"]
     state = slurm.job_state(job_id)
     if ended and (state is None or state.is_over):
@@ -103,12 +104,12 @@ def _state_here(record: Mapping[str, Any], job: Mapping[str, Any]) -> tuple[str,
     current = record.get("updated", 0.0) >= job["time"]
     if current and record["state"] in ENDS:
         return record["state"], record["reason"]
-    if not _alive(int(job["job_id"])):
+    if not is_alive(int(job["job_id"])):
         return "lost", "the controller ended without a ledger line; see the batch log"
     return (record["state"], record["reason"]) if current else ("starting", "the controller starts")
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether the process exists and is no zombie (one that its parent has not collected yet)."""
     try:
         state = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
@@ -148,7 +149,7 @@ def telling_log(run: runs.Run) -> Path | None:
 def signal_local(run: runs.Run, number: int) -> bool:
     """Send a signal to the controller of a run of this machine. False where it no longer runs."""
     pid = run.state().get("pid")
-    if pid is None or not _alive(int(pid)):
+    if pid is None or not is_alive(int(pid)):
         return False
     os.kill(int(pid), number)
     return True

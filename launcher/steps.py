@@ -69,6 +69,7 @@ def srun_command(launch: Launch) -> list[str]:
     command = [
         "srun",
         f"--nodes={nodes}",
+        f"--nodelist={','.join(launch.allocation.nodes)}",  # a job with spares has more
         f"--ntasks={nodes * per_node}",
         f"--ntasks-per-node={per_node}",
         f"--cpus-per-task={cpus}",
@@ -132,8 +133,18 @@ class SlurmStep:
     def poll(self) -> int | None:
         return self._process.poll()
 
-    def terminate(self) -> None:
-        self._process.terminate()
+    def ask_to_stop(self) -> None:
+        """Nothing: what ends the job signals its tasks too, and the stop file reaches them in any case."""
+
+    def dump_stacks(self) -> None:
+        """srun hands SIGUSR2 on to the tasks; unlike scancel it needs no slurmctld for that."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR2)
+
+    def kill(self) -> None:
+        """srun answers SIGTERM with SIGKILL for every task of the step."""
+        if self._process.poll() is None:
+            self._process.terminate()
 
     def last_lines(self) -> list[str]:
         return self._stderr.read_text(errors="replace").splitlines()[-20:]
@@ -189,17 +200,24 @@ class LocalStep:
                 name = signal.strsignal(-code) or f"signal {-code}" if code is not None and code < 0 else ""
                 self._exits.append(TaskExit("localhost", (number,), None if name else code, name))
         if self._exits and any(code is None for code in codes):
-            self.terminate()
+            self.ask_to_stop()
         if any(code is None for code in codes):
             self._kill_late_ones()
             return None
         first = codes[self._exits[0].tasks[0]] if self._exits else 0
         return 128 - first if first is not None and first < 0 else first
 
-    def terminate(self) -> None:
+    def ask_to_stop(self) -> None:
         if self._terminated_at is None:
             self._terminated_at = time.monotonic()
             self._signal(signal.SIGTERM)
+
+    def dump_stacks(self) -> None:
+        self._signal(signal.SIGUSR2)
+
+    def kill(self) -> None:
+        self._terminated_at = self._terminated_at or time.monotonic()
+        self._signal(signal.SIGKILL)
 
     def _kill_late_ones(self) -> None:
         if self._terminated_at is not None and time.monotonic() - self._terminated_at > KILL_AFTER_SECONDS:

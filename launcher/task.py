@@ -16,6 +16,7 @@ import faulthandler
 import json
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import rendezvous
+from launcher.outcome import STOPPED_EXIT
 
 ENDPOINT_FILE = "rendezvous/endpoint.json"
 """In a folder of its own: waiting ranks list it, and the attempt's folder holds a log of each of them."""
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.mode == "worker":
         _redirect(options.attempt_dir / f"rank-{os.environ['RANK']}.log")
     rank = rendezvous.rank_from_environment(os.environ)
+    _dump_stacks_on_signal(options.attempt_dir / f"stacks-{rank.rank}.txt")
     os.environ.update(rank.environment())
     try:
         store = _meet(options, rank) if options.mode == "rank" else None
@@ -106,31 +109,50 @@ def _listen(address: str) -> tuple[Any, int]:
 def _run_agent(options: argparse.Namespace, recipe: list[str]) -> None:
     """One torchrun agent for this node, with the node's Slurm number as its rank, so that ranks follow nodes."""
     agent = rendezvous.rank_from_environment(os.environ)
+    _dump_stacks_on_signal(options.attempt_dir / f"stacks-agent-{agent.rank}.txt")
+    # Ended by a warning that is meant for the ranks, the agent would leave its workers behind.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     path = options.attempt_dir / ENDPOINT_FILE
     store = None
     if agent.rank == 0:
         store, port = _listen(options.master)
         rendezvous.publish(path, rendezvous.Endpoint(options.master, port))
     endpoint = rendezvous.wait_for(path, deadline_seconds=RENDEZVOUS_SECONDS)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    torchrun(
-        [
-            f"--nnodes={agent.world_size}",
-            f"--nproc-per-node={options.workers}",
-            f"--node-rank={agent.rank}",
-            f"--master-addr={endpoint.address}",
-            f"--master-port={endpoint.port}",
-            "--max-restarts=0",
-            "-m",
-            "launcher.task",
-            "worker",
-            f"--attempt-dir={options.attempt_dir}",
-            "--",
-            *recipe,
-        ]
-    )
+    try:
+        torchrun(_agent_arguments(options, recipe, agent, endpoint))
+    except ChildFailedError as failed:
+        # The agent takes a worker that stopped as asked for a failure, and would say so with status 1.
+        if all(failure.exitcode == STOPPED_EXIT for failure in failed.failures.values()):
+            sys.exit(STOPPED_EXIT)
+        raise
     del store
+
+
+def _agent_arguments(
+    options: argparse.Namespace, recipe: list[str], agent: rendezvous.Rank, endpoint: rendezvous.Endpoint
+) -> list[str]:
+    return [
+        f"--nnodes={agent.world_size}",
+        f"--nproc-per-node={options.workers}",
+        f"--node-rank={agent.rank}",
+        f"--master-addr={endpoint.address}",
+        f"--master-port={endpoint.port}",
+        "--max-restarts=0",
+        "-m",
+        "launcher.task",
+        "worker",
+        f"--attempt-dir={options.attempt_dir}",
+        "--",
+        *recipe,
+    ]
+
+
+def _dump_stacks_on_signal(path: Path) -> None:
+    """On SIGUSR2 every thread's stack goes into `path`: what the controller looks at when nothing moves."""
+    faulthandler.register(signal.SIGUSR2, file=path.open("a"), all_threads=True)
 
 
 def _become(recipe: list[str]) -> None:
@@ -150,7 +172,7 @@ def _redirect(log: Path) -> None:
 
 def _record_error(attempt_dir: Path, rank: rendezvous.Rank, error: BaseException) -> None:
     """Leave the exception where the controller finds it: the first one by time is the cause, the rest are echoes."""
-    if isinstance(error, SystemExit) and error.code in (None, 0):
+    if isinstance(error, SystemExit) and error.code in (None, 0, STOPPED_EXIT):
         return
     record = {
         "time": time.time(),

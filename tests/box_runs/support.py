@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import ledger, runs
+from launcher.config import compose
 from launcher.paths import REPOSITORY
 
 WAIT_SECONDS = 180.0
@@ -76,3 +78,30 @@ def ended(run: runs.Run, count: int = 1) -> dict[str, Any]:
 
 def losses(run: runs.Run) -> list[float]:
     return [line["loss"] for line in ledger.read_lines(run.metrics_file)]
+
+
+SUBMIT = """
+import sys
+from pathlib import Path
+from launcher import executors, runs
+from launcher.cluster_commands import use_cluster
+from launcher.spec import JobSpec
+spec = JobSpec.from_json(sys.stdin.read())
+use_cluster(spec.cluster)
+run = runs.create(Path(sys.argv[1]), spec, [])
+executors.submit(run, spec)
+print(run.path)
+"""
+
+
+def submit_entrypoint(
+    launcher: Launcher, *words: str, module: str = "entrypoint", **args: object
+) -> runs.Run:
+    """Submit a module of this folder in place of a recipe, through the launcher's own submission."""
+    composed = compose(["recipe=ch3_ddp", "cluster=box", *words])
+    spec = dataclasses.replace(composed, entrypoint=f"tests.box_runs.{module}", args=args)
+    done = subprocess.run(
+        [sys.executable, "-c", SUBMIT, str(launcher.run_root)], input=spec.to_json(), env=launcher.environment,
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return runs.Run(Path(done.stdout.strip()))

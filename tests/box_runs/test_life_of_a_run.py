@@ -14,33 +14,8 @@ from pathlib import Path
 import pytest
 
 from launcher import box, runs
-from launcher.config import compose
 from launcher.paths import REPOSITORY
-from tests.box_runs.support import FAST, Launcher, ended, losses, wait_until
-
-SUBMIT = """
-import sys
-from pathlib import Path
-from launcher import executors, runs
-from launcher.cluster_commands import use_cluster
-from launcher.spec import JobSpec
-spec = JobSpec.from_json(sys.stdin.read())
-use_cluster(spec.cluster)
-run = runs.create(Path(sys.argv[1]), spec, [])
-executors.submit(run, spec)
-print(run.path)
-"""
-
-
-def submit_entrypoint(launcher: Launcher, *words: str, **args: object) -> runs.Run:
-    """Submit tests.box_runs.entrypoint through the launcher's own submission."""
-    composed = compose(["recipe=ch3_ddp", "cluster=box", *words])
-    spec = dataclasses.replace(composed, entrypoint="tests.box_runs.entrypoint", args=args)
-    done = subprocess.run(
-        [sys.executable, "-c", SUBMIT, str(launcher.run_root)], input=spec.to_json(), env=launcher.environment,
-        cwd=REPOSITORY, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return runs.Run(Path(done.stdout.strip()))
+from tests.box_runs.support import FAST, Launcher, ended, losses, submit_entrypoint, wait_until
 
 
 def seen(run: runs.Run) -> list[dict[str, str]]:
@@ -156,7 +131,9 @@ def test_the_time_limit_is_named(launcher: Launcher) -> None:
     """Slurm's limit is in minutes; an administrator shortens a running job's by seconds with scontrol."""
     run = submit_entrypoint(launcher, "nodes=1", "tasks_per_node=1", "time=1", mode="sleep", seconds=200)
     record = ended(run)
+    launcher.slurm("scancel", run.jobs()[-1]["job_id"])
     assert (record["state"], record["reason"]) == ("timeout", "the time limit was reached")
+    assert record["action"] == "requeued"
 
 
 def test_a_requeued_job_goes_on_in_the_same_run_with_logs_kept(

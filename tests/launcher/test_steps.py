@@ -149,7 +149,7 @@ def test_terminate_reaches_the_tasks_children(tmp_path: Path) -> None:
     )
     while not marker.exists() or not marker.read_text():
         time.sleep(0.05)
-    step.terminate()
+    step.ask_to_stop()
     assert wait(step) == 143
     end = time.monotonic() + 5
     while (

@@ -1,0 +1,201 @@
+"""The job that the controller runs in: what Slurm says of it, and putting it back into the queue. Subprocess.
+
+Everything here runs on the batch host, where Slurm's commands are; a container often lacks them (pyxis#129,
+submitit#1601).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from launcher import slurm
+
+QUICK_SECONDS = 15.0
+"""For a question in the middle of a run; a slurmctld that is down refuses after about 9 s."""
+WATCH_SECONDS = 5.0
+"""How often slurmctld is asked whether the job is being preempted or its limit was changed."""
+RETRY_SECONDS = 3.0
+DEFAULT_KILL_WAIT = 30.0
+
+_AWAY = (
+    "Unable to contact slurm controller",
+    "timed out",
+    "Connection refused",
+    "Zero Bytes",
+    "no answer within",
+)
+_NODE_GONE = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN", "DRAIN")
+
+
+@dataclass(frozen=True)
+class OwnJob:
+    """What slurmctld says of a running job. Times are unix seconds, None where there is none."""
+
+    start_time: float | None
+    end_time: float | None
+    """When Slurm will end it: the time limit, or the end of a preemption's grace."""
+    eligible_time: float | None
+    preempt_time: float | None
+    may_requeue: bool
+    restarts: int
+    nodes: tuple[str, ...]
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """From when the job might have started to when it did."""
+        if self.start_time is None or self.eligible_time is None:
+            return None
+        return max(0.0, self.start_time - self.eligible_time)
+
+
+def parse_own_job(record: Mapping[str, str]) -> OwnJob:
+    """From `scontrol show job`. Pure."""
+    return OwnJob(
+        start_time=_time(record.get("StartTime", "")),
+        end_time=_time(record.get("EndTime", "")),
+        eligible_time=_time(record.get("EligibleTime", "")),
+        preempt_time=_time(record.get("PreemptTime", "")),
+        may_requeue=record.get("Requeue") == "1",
+        restarts=int(record.get("Restarts", "0")),
+        nodes=tuple(slurm.expand_hostlist(record.get("NodeList", ""))),
+    )
+
+
+def _time(text: str) -> float | None:
+    """Slurm's local time without a zone; None, N/A and Unknown are no time."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
+def look(job_id: str) -> OwnJob:
+    """Ask slurmctld. Raises SlurmError when it does not answer."""
+    return parse_own_job(slurm.job_record(job_id, timeout=QUICK_SECONDS))
+
+
+def parse_kill_wait(config: str) -> float:
+    """KillWait of `scontrol show config`: seconds between TERM and KILL for a job that is to end. Pure."""
+    for line in config.splitlines():
+        name, _, value = line.partition("=")
+        if name.strip() == "KillWait":
+            return float(value.split()[0])
+    return DEFAULT_KILL_WAIT
+
+
+def kill_wait() -> float:
+    return parse_kill_wait(slurm.run(["scontrol", "show", "config"], timeout=QUICK_SECONDS))
+
+
+def unhealthy(nodes: Sequence[str]) -> tuple[str, ...]:
+    """Those of the nodes that Slurm calls down, failing, draining or silent. Raises SlurmError."""
+    records = slurm.run(["scontrol", "show", "node", "-o", ",".join(nodes)], timeout=QUICK_SECONDS)
+    return parse_unhealthy(records)
+
+
+def parse_unhealthy(records: str) -> tuple[str, ...]:
+    """Node names out of `scontrol show node -o` whose State says that no task can run there. Pure."""
+    found = [slurm.parse_key_values(line) for line in records.splitlines() if line.strip()]
+    return tuple(
+        record["NodeName"] for record in found if any(word in record.get("State", "") for word in _NODE_GONE)
+    )
+
+
+class Watcher:
+    """Asks slurmctld about the job now and then, in a thread: one that is down takes 9 s to say so."""
+
+    def __init__(self, job_id: str, first: OwnJob | None, every: float = WATCH_SECONDS) -> None:
+        self._job_id, self._every = job_id, every
+        self._newest = first
+        self._wake, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="slurm-watcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def newest(self) -> OwnJob | None:
+        """The last answer; None while there was none."""
+        return self._newest
+
+    def ask_now(self) -> None:
+        self._wake.set()
+
+    def close(self) -> None:
+        self._over.set()
+        self._wake.set()
+
+    def _watch(self) -> None:
+        while not self._over.is_set():
+            self._wake.wait(self._every)
+            self._wake.clear()
+            if self._over.is_set():
+                return
+            try:
+                self._newest = look(self._job_id)
+            except slurm.SlurmError:
+                continue  # away or restarting: the last answer holds, and requeue() below reports what stays away
+
+
+# --- back into the queue --------------------------------------------------------------------------------------------
+
+
+def is_away(error: slurm.SlurmError) -> bool:
+    """Whether slurmctld did not answer, which passes, or refused, which does not.
+
+    The words alone do not tell: without slurmctld `scontrol requeue` of 22.05 says "Unexpected message received".
+    """
+    return any(sign in str(error) for sign in _AWAY) or not _answers()
+
+
+def _answers() -> bool:
+    try:
+        return " is UP" in slurm.run(["scontrol", "ping"], timeout=QUICK_SECONDS)
+    except slurm.SlurmError:
+        return False
+
+
+def insist(command: Sequence[str], until: float, say: Callable[[str], None], **how: Mapping[str, str]) -> str:
+    """Run a Slurm command again and again while slurmctld is away, at most until the unix time `until`.
+
+    Raises SlurmError: its refusal, or that it stayed away.
+    """
+    said = False
+    while True:
+        try:
+            return slurm.run(command, timeout=QUICK_SECONDS, **how)
+        except slurm.SlurmError as error:
+            if not is_away(error) or time.time() + RETRY_SECONDS > until:
+                raise
+            if not said:
+                say(
+                    f"slurmctld does not answer; {command[0]} {command[1]} is tried again until it does: {error}"
+                )
+                said = True
+        time.sleep(RETRY_SECONDS)
+
+
+def requeue(job_id: str, exclude: Sequence[str], until: float, say: Callable[[str], None]) -> None:
+    """Put this job back into the queue, away from some nodes. Everything in it receives SIGTERM before this returns.
+
+    Raises SlurmError where Slurm refuses or stays away.
+    """
+    insist(["scontrol", "requeue", job_id], until, say)
+    if exclude:
+        # Slurm takes a change of nodes for a pending job only, so it comes after; KillWait leaves the time for it.
+        insist(["scontrol", "update", f"jobid={job_id}", f"ExcNodeList={','.join(exclude)}"], until, say)
+
+
+def submit_successor(
+    job_id: str, script: Path, exclude: Sequence[str], environment: Mapping[str, str], until: float,
+    say: Callable[[str], None],
+) -> str:  # fmt: skip
+    """Submit a job that starts when this one has ended, and return its id. Raises SlurmError where Slurm refuses."""
+    command = ["sbatch", "--parsable", f"--dependency=afterany:{job_id}"]
+    if exclude:
+        command.append(f"--exclude={','.join(exclude)}")
+    said = insist([*command, str(script)], until, say, environment=slurm.without_outer_job(environment))
+    return said.strip().partition(";")[0]

@@ -1,0 +1,58 @@
+"""What the tests of survival share: a run of tests.box_runs.steps, and the proof that it lost nothing."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+from launcher import ledger, runs, slurm
+from tests.box_runs.support import Launcher, ended, wait_until
+
+STEPS = {"module": "steps", "seconds": 0.1, "save_every": 5}
+
+
+def steps_of(run: runs.Run) -> list[int]:
+    return [line["step"] for line in ledger.read_lines(run.metrics_file)]
+
+
+def started_from(run: runs.Run, attempt: int) -> int:
+    return int((run.path / f"attempt-{attempt:02d}" / "from-0").read_text())
+
+
+def after_step(run: runs.Run, step: int) -> None:
+    wait_until(lambda: step in steps_of(run), f"step {step} of {run.path}")
+
+
+def job(launcher: Launcher, run: runs.Run, which: int = -1) -> dict[str, str]:
+    said = launcher.slurm("scontrol", "show", "job", "-o", run.jobs()[which]["job_id"])
+    return slurm.parse_key_values(said)
+
+
+def start_now(launcher: Launcher, run: runs.Run, restarts: int = 1) -> None:
+    """A requeued job waits for its credential to expire; an administrator may let it start at once."""
+    command = ["scontrol", "update", f"jobid={run.jobs()[-1]['job_id']}", "starttime=now"]
+
+    def runs_again() -> bool:
+        subprocess.run(command, env=launcher.environment, capture_output=True, check=False)
+        found = job(launcher, run)
+        return found["JobState"] == "RUNNING" and found["Restarts"] == str(restarts)
+
+    wait_until(runs_again, f"the second start: {job(launcher, run)}", 60)
+
+
+def check_continued(run: runs.Run, last: int, *causes: str) -> list[dict[str, Any]]:
+    """The run's attempts ended so, and each began where something was saved: nothing announced was lost."""
+    records = [ended(run, number) for number in range(1, len(causes) + 1)]
+    assert [record["cause"] for record in records] == list(causes), [record["reason"] for record in records]
+    assert len(run.attempts()) == len(causes)
+    assert steps_of(run)[-1] == last
+    for record in records[1:]:
+        assert started_from(run, record["attempt"]) == record["saved_in"]
+        assert record["saved_in"] > 0
+    for number, step in enumerate(range(1, last + 1), start=1):
+        assert step in steps_of(run), f"step {number} was skipped"
+    return records
+
+
+def runs_log(run: runs.Run) -> str:
+    return (run.submitit_folder / f"{run.jobs()[0]['job_id']}_0_log.out").read_text()
