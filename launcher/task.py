@@ -28,6 +28,8 @@ from typing import Any
 from launcher import rendezvous
 
 ENDPOINT_FILE = "rendezvous.json"
+STOPPED_EXIT = 75
+"""Of a recipe that stopped on request and has saved, as recipes.lib.stopping says: no error."""
 RENDEZVOUS_SECONDS = 300.0
 """How long ranks wait for rank 0. Importing torch from a cold parallel file system takes minutes, not seconds."""
 
@@ -148,8 +150,10 @@ def _redirect(log: Path) -> None:
 
 def _record_error(attempt_dir: Path, rank: rendezvous.Rank, error: BaseException) -> None:
     """Leave the exception where the controller finds it: the first one by time is the cause, the rest are echoes."""
-    if isinstance(error, SystemExit) and error.code in (None, 0):
+    if isinstance(error, SystemExit) and error.code in (None, 0, STOPPED_EXIT):
         return
+    if isinstance(error, SystemExit) and error.__cause__ is not None:
+        error = error.__cause__  # a recipe that printed one line has raised SystemExit(2) from what it is about
     record = {
         "time": time.time(),
         "rank": rank.rank,
