@@ -42,6 +42,9 @@ COMMANDS: dict[str, Command] = {
     "submit": Command("submit a job, or one per combination of a sweep", "launcher.commands.submit"),
     "status": Command("how a run is, and why it failed", "launcher.commands.status"),
     "logs": Command("what a run's controller and ranks printed", "launcher.commands.logs"),
+    "checkpoints": Command(
+        "list, verify, prune and export a run's checkpoints", "launcher.commands.checkpoints"
+    ),
     "cancel": Command("end a run's job", "launcher.commands.cancel"),
     "resume": Command(
         "submit a run again; it continues from its newest checkpoint",

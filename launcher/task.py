@@ -153,7 +153,9 @@ def _record_error(attempt_dir: Path, rank: rendezvous.Rank, error: BaseException
     if isinstance(error, SystemExit) and error.code in (None, 0, STOPPED_EXIT):
         return
     if isinstance(error, SystemExit) and error.__cause__ is not None:
-        error = error.__cause__  # a recipe that printed one line has raised SystemExit(2) from what it is about
+        error = (
+            error.__cause__
+        )  # a recipe that printed one line has raised SystemExit(2) from what it is about
     record = {
         "time": time.time(),
         "rank": rank.rank,

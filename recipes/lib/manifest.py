@@ -13,6 +13,7 @@ import concurrent.futures
 import json
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -197,6 +198,19 @@ def surplus(steps: Sequence[int], keep: int, keep_every: int) -> list[int]:
     assert keep >= 1, "a run without any checkpoint could not go on"
     older = sorted(steps, reverse=True)[keep:]
     return sorted(step for step in older if not (keep_every and step % keep_every == 0))
+
+
+def remove(folder: Path) -> None:
+    """Delete a complete checkpoint, which is invisible before the first of its files goes. Raises OSError."""
+    shutil.rmtree(aside(folder))
+
+
+def aside(folder: Path) -> Path:
+    """Give a complete checkpoint a name under which nobody goes on from it; what had that name goes."""
+    renamed = folder.with_name(f"{folder.name}.old.tmp")
+    if renamed.exists():
+        shutil.rmtree(renamed)
+    return folder.rename(renamed)
 
 
 def _wrong(folder: Path, name: str, number: int, checksum: str) -> str | None:

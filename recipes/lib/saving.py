@@ -28,7 +28,7 @@ from recipes.lib import manifest
 from recipes.lib.checkpoint import Progress, Trained, state_of
 from recipes.lib.distributed import World, attempt, from_first
 from recipes.lib.lines import Lines
-from recipes.lib.writing import NotSaved, remove, write_checkpoint
+from recipes.lib.writing import NotSaved, write_checkpoint
 
 ANNOUNCEMENTS_FILE = "checkpoints.jsonl"
 SECONDS_FOR_THE_LAST = 20.0
@@ -207,7 +207,7 @@ class Saver:
             if step == newest:
                 continue  # after resume=false, a higher step may be an older checkpoint
             try:
-                remove(manifest.folder_of(self._run_directory, step))
+                manifest.remove(manifest.folder_of(self._run_directory, step))
             except OSError as error:
                 print(f"warning: step-{step:08d} is not deleted: {error}", file=sys.stderr, flush=True)
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, 
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from recipes.lib.distributed import World
-from recipes.lib.manifest import Checksums, Manifest, folder_of
+from recipes.lib.manifest import Checksums, Manifest, aside, folder_of
 
 T = TypeVar("T")
 
@@ -208,24 +208,12 @@ def _publish(manifest: Manifest, beside: Path, final: Path) -> None:
     if final.exists():
         # The step was saved before (a run with resume=false). A folder cannot be renamed onto another;
         # between these two renames there is none of this step, and never a partial one.
-        replaced = _aside(final)
+        replaced = aside(final)
         beside.rename(final)
         shutil.rmtree(replaced)
     else:
         beside.rename(final)
     _sync(final.parent)
-
-
-def remove(folder: Path) -> None:
-    """Delete a complete checkpoint, which is invisible before the first of its files goes. Raises OSError."""
-    shutil.rmtree(_aside(folder))
-
-
-def _aside(folder: Path) -> Path:
-    aside = folder.with_name(f"{folder.name}.old.tmp")
-    if aside.exists():
-        shutil.rmtree(aside)
-    return folder.rename(aside)
 
 
 def _sync(folder: Path) -> None:
