@@ -8,6 +8,7 @@ Each rank writes what it saw to FOLDER/seen-RANK.json, and at last leaves as a s
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -18,10 +19,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from recipes.lib import checkpoint, manifest
+from recipes.lib import checkpoint, manifest, writing
 from recipes.lib.distributed import World, joined
 from recipes.lib.stopping import OF_THIS_PROCESS, STOP_FILE, StopFlag, Stopped
 from recipes.lib.training import Plan, Technique, train
@@ -56,11 +58,30 @@ class Disturbed:
         return self.technique.accumulate_gradients(batches, token_count)
 
 
-def run(folder: Path, name: str, technique: str, world: World, disturb: Callable[[], object]) -> str:
+def broken_once() -> Callable[..., int]:
+    """A write that fails as a disk does, the first time."""
+    really_write, failures = writing._ChecksummedFile.write, [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def write(stream: Any, data: Any) -> int:
+        if failures:
+            raise failures.pop()
+        return really_write(stream, data)
+
+    return write
+
+
+def run(
+    folder: Path,
+    name: str,
+    technique: str,
+    world: World,
+    disturb: Callable[[], object],
+    save_every: int = 0,
+) -> str:
     """One attempt of the run `name`; how it ended."""
     os.environ["ATTEMPT_DIR"] = str(folder / name / "attempt")
     (folder / name / "attempt").mkdir(parents=True, exist_ok=True)
-    case = Case(name, technique, world.size, args={"batch_size": 6, "save_every": 0})
+    case = Case(name, technique, world.size, args={"batch_size": 6, "save_every": save_every})
     plan: Plan = plan_for(case, folder, world)
     found, passed_over = checkpoint.newest(plan.run_directory, world)
     assert passed_over == []
@@ -121,6 +142,11 @@ def main() -> None:
         seen["file"] = [run(folder, "file", "ddp", world, by_file)]
         (folder / "file" / "attempt" / STOP_FILE).unlink(missing_ok=True)
         seen["file"].append(run(folder, "file", "ddp", world, nothing))
+        # A disk error on one rank, in the save after step 2: no rank may wait for the other, and both go on.
+        with pytest.MonkeyPatch.context() as patch:
+            if world.rank == 1:
+                patch.setattr(writing._ChecksummedFile, "write", broken_once())
+            seen["broken"] = [run(folder, "broken", "fsdp", world, nothing, save_every=2)]
         # Before the first step: nothing to save.
         one_signal(0, signal.SIGUSR1)()
         seen["early"] = [run(folder, "early", "fsdp", world, nothing)]

@@ -80,6 +80,24 @@ def test_a_run_that_is_stopped_before_its_first_step_saves_nothing(folder: Path)
     assert not (folder / "early" / "checkpoints").exists()
 
 
+def test_a_disk_error_on_one_rank_is_every_ranks_and_the_run_goes_on(folder: Path) -> None:
+    assert seen(folder, "broken") == [["done"]] * RANKS
+    announced = [
+        json.loads(line) for line in (folder / "broken" / "checkpoints.jsonl").read_text().splitlines()
+    ]
+    assert [(line["step"], line["event"]) for line in announced] == [
+        (2, "started"),
+        (2, "failed"),
+        (4, "started"),
+        (4, "saved"),
+        (6, "started"),
+        (6, "saved"),
+    ]
+    assert announced[1]["reason"] == "rank 1: OSError: [Errno 5] Input/output error"
+    names = sorted(entry.name for entry in (folder / "broken" / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000006"]
+
+
 def test_every_rank_says_where_it_was_last(folder: Path) -> None:
     for rank in range(RANKS):
         line = json.loads((folder / "signal" / "attempt" / "heartbeat" / f"rank-{rank}").read_text())
