@@ -43,6 +43,9 @@ COMMANDS: dict[str, Command] = {
     "status": Command("how a run is, and why it failed", "launcher.commands.status"),
     "logs": Command("what a run's controller and ranks printed", "launcher.commands.logs"),
     "report": Command("where a run's time went, and why its attempts ended", "launcher.commands.report"),
+    "checkpoints": Command(
+        "list, verify, prune and export a run's checkpoints", "launcher.commands.checkpoints"
+    ),
     "cancel": Command("end a run's job", "launcher.commands.cancel"),
     "resume": Command(
         "submit a run again; it continues from its newest checkpoint",

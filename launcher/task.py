@@ -174,6 +174,10 @@ def _record_error(attempt_dir: Path, rank: rendezvous.Rank, error: BaseException
     """Leave the exception where the controller finds it: the first one by time is the cause, the rest are echoes."""
     if isinstance(error, SystemExit) and error.code in (None, 0, STOPPED_EXIT):
         return
+    if isinstance(error, SystemExit) and error.__cause__ is not None:
+        error = (
+            error.__cause__
+        )  # a recipe that printed one line has raised SystemExit(2) from what it is about
     record = {
         "time": time.time(),
         "rank": rank.rank,

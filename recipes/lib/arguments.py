@@ -189,7 +189,7 @@ def one_line_errors() -> Iterator[None]:
     except ArgumentError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2) from error  # the cause is for whoever records why the process ended
 
 
 def help_text(cls: type[Any]) -> str:
@@ -240,6 +240,9 @@ class TrainArgs:
     compile: bool = argument(False, "torch.compile each transformer block")
     log_every: int = argument(1, "steps between two lines of metrics", minimum=1)
     save_every: int = argument(50, "steps between two checkpoints; 0: only at the end, -1: never", minimum=-1)
+    keep: int = argument(3, "checkpoints that are kept: the newest so many", minimum=1)
+    keep_every: int = argument(0, "keep those of every so many steps for good, too; 0: none", minimum=0)
+    async_save: bool = argument(True, "write checkpoints in the background; false stops the steps meanwhile")
     vocab_size: int = argument(
         0, "rows of the embedding; 0 is the model's own, or for tiny and small the tokenizer's", minimum=0
     )

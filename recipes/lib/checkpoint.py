@@ -1,39 +1,39 @@
 """Checkpoints: everything that a run needs to go on as if it had not stopped. Complete, or invisible.
 
-Written by torch.distributed.checkpoint: every rank writes its own shards, under the parameters' names, so
-that a checkpoint loads into any world size and any technique: FSDP's into DDP, four ranks' into one.
-
-    RUN_DIR/checkpoints/step-00000100.tmp/    being written, or left by a process that was killed
-    RUN_DIR/checkpoints/step-00000100/        complete
+In the format of torch.distributed.checkpoint: every rank has its own shards, under the parameters' names, so
+that a checkpoint loads into any world size and any technique: FSDP's into DDP, four ranks' into one. Here is
+what a checkpoint holds and how a run goes on from one; `manifest` says whether it is sound, `writing` and
+`saving` make them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import pickle
 import random
-import re
-import shutil
+import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import filesystem, state_dict_loader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from recipes.lib.distributed import World, wait_for_all
+from recipes.lib import manifest
+from recipes.lib.distributed import SECONDS_UNTIL_VISIBLE, World, from_first
 
-_COMPLETE = re.compile(r"step-(\d{8})")
 # Flat: the optimizer's state under parameter names instead of per group, which another technique may number
 # otherwise.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+# A recipe on one device saves and loads from one process, and a thread that writes cannot set filters safely.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
 
 class CheckpointMismatch(Exception):
@@ -62,44 +62,85 @@ class Trained:
     optimizer: torch.optim.Optimizer
     facts: dict[str, Any]
     """What must be equal for the run to go on: data, batch size, … (plain values)."""
+    technique: str = ""
+    """The recipe's name."""
+    size: dict[str, Any] = field(default_factory=dict)
+    """The model's, by the fields of ModelSize."""
+    context: int = 0
+    """Tokens per sequence."""
 
-
-def folder_of(run_directory: Path, step: int) -> Path:
-    """Where the complete checkpoint of optimizer step `step` is."""
-    return run_directory / "checkpoints" / f"step-{step:08d}"
-
-
-def latest(run_directory: Path) -> Path | None:
-    """The complete checkpoint with the highest step; None where there is none."""
-    parent = run_directory / "checkpoints"
-    if not parent.is_dir():
-        return None
-    complete = [entry for entry in parent.iterdir() if _COMPLETE.fullmatch(entry.name)]
-    return max(complete, key=lambda entry: entry.name, default=None)
-
-
-def save(run_directory: Path, trained: Trained, progress: Progress, world: World) -> Path:
-    """Write the checkpoint of `progress.step`; all ranks call this together. Gives its folder.
-
-    When it returns on any rank, the checkpoint is complete and visible on all of them.
-    """
-    final = folder_of(run_directory, progress.step)
-    beside = final.with_name(f"{final.name}.tmp")
-    if world.is_first and beside.exists():
-        shutil.rmtree(beside)  # left by a process that was killed while writing
-    wait_for_all(world)
-    with _quiet_about_one_process():
-        state_dict_saver.save(
-            _state(trained, progress, world),
-            checkpoint_id=beside,
-            process_group=world.patient,
-            no_dist=world.patient is None,
+    def description(self, step: int, world: World) -> manifest.Manifest:
+        """What the manifest says of the model's side."""
+        return manifest.Manifest(
+            step=step,
+            world_size=world.size,
+            technique=self.technique,
+            facts=self.facts,
+            model=self.size,
+            context=self.context,
+            torch=str(torch.__version__),
+            time=time.time(),
         )
-    wait_for_all(world)
-    if world.is_first:
-        _publish(beside, final)
-    wait_for_all(world)
-    return final
+
+
+def newest(run_directory: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The newest sound checkpoint, or None where there is none at all; all ranks call this together.
+
+    Beside it, one line about each newer one that was passed over because it is torn or corrupt; nothing is
+    deleted. Every byte has been read once, each rank reading its part. Raises CheckpointMismatch, on every rank
+    alike, where all are unsound (the run would silently begin again) or written by a newer version.
+    """
+    passed_over: list[str] = []
+    # Rank 0 looks for all: on a network file system the ranks may for seconds see different checkpoints.
+    for folder in from_first(manifest.folders(run_directory) if world.is_first else [], world):
+        problem = _first_problem(folder, world)
+        if problem is None:
+            return folder, passed_over
+        passed_over.append(f"{folder.name} is passed over: {problem}")
+    if passed_over:
+        raise CheckpointMismatch(
+            f"none of the {len(passed_over)} checkpoints in {run_directory / 'checkpoints'} is sound "
+            f"({passed_over[0]}): restore one, or begin again with resume=false"
+        )
+    return None, []
+
+
+def _first_problem(folder: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint by any rank's look; None where all of them found it sound."""
+    problem = _problem_of(functools.partial(manifest.check_sizes, folder)) if world.is_first else None
+    problem = from_first(problem, world)
+    if problem is None:
+        problems = [_problem_of(functools.partial(_look, folder, world))]
+        if world.size > 1:
+            (mine,) = problems
+            problems = [None] * world.size
+            dist.all_gather_object(problems, mine, group=world.patient)
+        problem = next((found for found in problems if found is not None), None)
+    if isinstance(problem, manifest.TooNew):
+        raise CheckpointMismatch(str(problem))
+    return None if problem is None else str(problem)
+
+
+def _look(folder: Path, world: World) -> None:
+    """Check this rank's part of a checkpoint that rank 0 sees in full. Raises Unsound."""
+    until = time.monotonic() + SECONDS_UNTIL_VISIBLE
+    while True:
+        try:
+            found = manifest.check_sizes(folder)
+        except manifest.Unsound:
+            if world.is_first or time.monotonic() > until:
+                raise
+            time.sleep(0.5)  # another node may not see for a minute what rank 0 sees: that is not torn
+        else:
+            return manifest.check_blocks(folder, found, world.rank, world.size)
+
+
+def _problem_of(check: Callable[[], object]) -> Exception | None:
+    try:
+        check()
+    except (manifest.Unsound, manifest.TooNew) as error:
+        return error
+    return None
 
 
 def load(folder: Path, trained: Trained, world: World) -> Progress:
@@ -109,14 +150,19 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
     random state. Raises CheckpointMismatch where `trained.facts` differ from the checkpoint's.
     """
     # Facts first: weights of another shape would fail further down with a message about tensors.
-    saved = json.loads(_load({"facts": ""}, folder, world)["facts"])
+    try:
+        found = manifest.Manifest.read(folder)
+    except manifest.Unsound as error:
+        raise CheckpointMismatch(f"{folder}: {error}") from None
+    if found.stack != manifest.STACK:
+        raise CheckpointMismatch(f"{folder} was written by {found.stack}; this recipe reads {manifest.STACK}")
     for name, value in trained.facts.items():
-        if saved.get(name) != value:
+        if found.facts.get(name) != value:
             raise CheckpointMismatch(
-                f"{folder} was trained with {name}={saved.get(name)}, this run has {name}={value}: "
+                f"{folder} was trained with {name}={found.facts.get(name)}, this run has {name}={value}: "
                 "set it back, or start another run"
             )
-    state = _state(trained, Progress(), world)
+    state = state_of(trained, Progress(), world)
     random_key = _random_key(world)
     if random_key not in filesystem.FileSystemReader(folder).read_metadata().state_dict_metadata:
         del state[random_key]
@@ -135,14 +181,13 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
 
 def _load(state: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
     """Fill `state`: tensors in place, other values by replacement. Gives it back."""
-    with _quiet_about_one_process():
-        state_dict_loader.load(
-            state, checkpoint_id=folder, process_group=world.patient, no_dist=world.patient is None
-        )
+    state_dict_loader.load(
+        state, checkpoint_id=folder, process_group=world.patient, no_dist=world.patient is None
+    )
     return state
 
 
-def _state(trained: Trained, progress: Progress, world: World) -> dict[str, Any]:
+def state_of(trained: Trained, progress: Progress, world: World) -> dict[str, Any]:
     """What is saved: references to the model's and the optimizer's own tensors, nothing is copied.
 
     Values that are no tensors are JSON or bytes, one key each: torch.distributed.checkpoint takes nested ones
@@ -152,42 +197,9 @@ def _state(trained: Trained, progress: Progress, world: World) -> dict[str, Any]
     return {
         "model": model,
         "optimizer": optimizer,
-        "facts": json.dumps(trained.facts),
         "progress": json.dumps(asdict(progress)),
         _random_key(world): _random_state(world),
     }
-
-
-@contextmanager
-def _quiet_about_one_process() -> Iterator[None]:
-    """Without a warning that a recipe on one device saves from one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
-        yield
-
-
-def _publish(beside: Path, final: Path) -> None:
-    """Rename a fully written folder into place."""
-    _sync(beside)
-    if final.exists():
-        # The step was saved before (a run with resume=false). A folder cannot be renamed onto another;
-        # between these two renames there is none of this step, and never a partial one.
-        replaced = final.with_name(f"{final.name}.old.tmp")
-        final.rename(replaced)
-        beside.rename(final)
-        shutil.rmtree(replaced)
-    else:
-        beside.rename(final)
-    _sync(final.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Have the folder's entries on the disk: a rename that survives a power cut must not name lost files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _random_key(world: World) -> str:

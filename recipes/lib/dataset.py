@@ -19,13 +19,11 @@ import torch
 import torch.distributed as dist
 
 from recipes.lib.arguments import ArgumentError
+from recipes.lib.distributed import SECONDS_UNTIL_VISIBLE
 from recipes.lib.permutation import permuted
 from recipes.lib.prepare import prepare
 from recipes.lib.shards import TokenShards, UnreadableShards
 from recipes.lib.tokenizer import Tokenizer, load_tokenizer
-
-SECONDS_UNTIL_VISIBLE = 60.0
-"""How long another node may not see a new folder: NFS clients remember "no such file" for a minute."""
 
 
 class DataError(Exception):

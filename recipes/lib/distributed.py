@@ -18,11 +18,16 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from recipes.lib.stopping import Stopped
+
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 """After this long in one collective a rank gives up: another has died or hangs, and nodes cost money."""
 
 PATIENCE = datetime.timedelta(hours=2)
 """The same for what one rank or a file system may take long over: preparing data, writing a checkpoint."""
+
+SECONDS_UNTIL_VISIBLE = 60.0
+"""How long another node may not see a new folder: NFS clients remember "no such file" for a minute."""
 
 T = TypeVar("T")
 
@@ -46,6 +51,9 @@ class World:
     device: torch.device
     patient: dist.ProcessGroup | None = None
     """All ranks, on gloo and with PATIENCE; None without torch.distributed."""
+    background: dist.ProcessGroup | None = None
+    """The same for the thread that writes checkpoints: of two threads in one group, one would get the other's
+    messages."""
 
     @property
     def is_first(self) -> bool:
@@ -63,11 +71,18 @@ def joined(device: str = "auto") -> Iterator[World]:
     """
     world = world_from_environment(os.environ, device)
     _start_process_group(world)
-    yield dataclasses.replace(world, patient=dist.new_group(backend="gloo", timeout=PATIENCE))
+    patient, background = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    stopped: Stopped | None = None
+    try:
+        yield dataclasses.replace(world, patient=patient, background=background)
+    except Stopped as request:
+        stopped = request  # on all ranks alike
     # Not in a `finally`: after an error the other ranks may be inside a collective, and leaving the group
     # would wait for them. The process ends with its traceback instead and the launcher stops the rest.
     dist.barrier()
     dist.destroy_process_group()
+    if stopped is not None:
+        raise stopped
 
 
 @contextmanager

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from recipes.lib.distributed import World
 from recipes.lib.flops import FlopsPerToken, peak_flops
+from recipes.lib.lines import Lines
 
 METRICS_FILE = "metrics.jsonl"
-_LONGEST_LINE = 2**16
 
 
 class NotFinite(Exception):
@@ -47,7 +46,7 @@ class Metrics:
         cuda = world.device.type == "cuda"
         known = cuda and compute == torch.bfloat16
         self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if known else None
-        self._file = _open_for_appending(run_directory / METRICS_FILE) if world.is_first else None
+        self._file = Lines(run_directory / METRICS_FILE) if world.is_first else None
         self._began = time.perf_counter()
         self._tokens_before: int | None = None
 
@@ -89,20 +88,27 @@ class Metrics:
             line["mfu"] = per_device * self._flops.full / self._peak
         if self._world.device.type == "cuda":
             line["memory_gib"] = torch.cuda.max_memory_allocated(self._world.device) / 2**30
-        # One write and a flush per line: a reader never sees half of one, and a kill loses none before it.
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._file.append(line)
         self.say(_console_line(line))
 
     def say(self, text: str) -> None:
         """A line for the log, from rank 0."""
         if self._world.is_first:
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         """Close the file; nothing is logged afterwards."""
         if self._file is not None:
             self._file.close()
+
+
+def say(text: str) -> None:
+    """Print a line for the log, which may be a file on a disk that is full: that does not end a run."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise  # else the line stays in the stream's buffer and goes out with a later one
 
 
 def _console_line(line: dict[str, Any]) -> str:
@@ -118,13 +124,3 @@ def _console_line(line: dict[str, Any]) -> str:
     if "memory_gib" in line:
         parts.append(f"{line['memory_gib']:.1f} GiB")
     return "  ".join(parts)
-
-
-def _open_for_appending(file: Path) -> IO[str]:
-    """Lines go on where the attempt before stopped, without the half of one that a kill may leave."""
-    with file.open("a+b") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, size - _LONGEST_LINE))
-        torn = len(stream.read().rpartition(b"\n")[2])
-        stream.truncate(size - torn)
-    return file.open("a", encoding="utf-8")

@@ -33,17 +33,20 @@ from recipes.lib.distributed import (
     LaunchError,
     World,
     attempt,
-    from_first,
     run_directory,
     sum_over_ranks,
 )
 from recipes.lib.flops import flops_per_token, parameter_count
+from recipes.lib.heartbeat import Heartbeat
 from recipes.lib.metrics import Metrics
 from recipes.lib.model import IGNORE, Transformer, materialize
 from recipes.lib.model_sizes import SIZES, ModelSize
 from recipes.lib.optimizer import clip_gradients, learning_rate, set_learning_rate
 from recipes.lib.parallelism import Precision, attention_backends, precision
 from recipes.lib.pretrained import check_init_from, load_pretrained
+from recipes.lib.saving import Saver, keep_tokenizer
+from recipes.lib.stopping import OF_THIS_PROCESS, Stopped, attempt_folder
+from recipes.lib.writing import NotSaved
 
 Microbatch = tuple[Tensor, Tensor]
 """Inputs and targets, both [B, S]; the same shape on every rank and for every microbatch."""
@@ -99,8 +102,10 @@ def make_plan(recipe: str, args: TrainArgs, world: World) -> Plan:
     rows = args.vocabulary_rows(dataset.vocab_size)
     size = dataclasses.replace(SIZES[args.model], vocab_size=rows)
     directory = run_directory(recipe, world)
-    # Rank 0 looks for all: on a network file system the ranks may for seconds see different checkpoints.
-    newest = checkpoint.latest(directory) if args.resume and world.is_first else None
+    newest, passed_over = checkpoint.newest(directory, world) if args.resume else (None, [])
+    if world.is_first:
+        for line in passed_over:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
     return Plan(
         recipe=recipe,
         args=args,
@@ -109,7 +114,7 @@ def make_plan(recipe: str, args: TrainArgs, world: World) -> Plan:
         size=size,
         precision=precision(args.dtype, world.device),
         run_directory=directory,
-        resume_from=from_first(newest, world),
+        resume_from=newest,
     )
 
 
@@ -128,9 +133,12 @@ def train(plan: Plan, technique: Technique) -> None:
     """Train to the last step. The model may be on any number of ranks; all of them call this together.
 
     Raises NotFinite when the loss or the gradient is, CheckpointMismatch when the checkpoint is another
-    run's.
+    run's, Stopped when the ranks have agreed to stop (and saved), NotSaved when the last checkpoint could not be
+    written: an earlier one that could not leaves the run going.
     """
     args, world = plan.args, plan.world
+    heartbeat = Heartbeat(attempt_folder(), world.rank)
+    heartbeat.beat(0, "start")
     flops = flops_per_token(plan.size, args.sequence_length)
     metrics = Metrics(
         plan.run_directory,
@@ -141,8 +149,17 @@ def train(plan: Plan, technique: Technique) -> None:
         compute=plan.precision.compute,
     )
     _seed_everything(args.seed + world.rank)
-    trained = Trained(technique.model, technique.optimizer, _facts(plan))
+    trained = Trained(
+        technique.model,
+        technique.optimizer,
+        _facts(plan),
+        technique=plan.recipe,
+        size=dataclasses.asdict(plan.size),
+        context=args.sequence_length,
+    )
     progress = Progress()
+    if world.is_first:
+        keep_tokenizer(plan.dataset.folder, plan.run_directory)
     if plan.resume_from is not None:
         progress = checkpoint.load(plan.resume_from, trained, world)
     compute = str(plan.precision.compute).removeprefix("torch.")
@@ -154,9 +171,19 @@ def train(plan: Plan, technique: Technique) -> None:
     beginning = f"going on from {plan.resume_from.name}" if plan.resume_from else "from the start"
     metrics.say(f"run directory {plan.run_directory}; {beginning}")
 
-    with attention_backends(world.device):
+    saver = Saver(
+        plan.run_directory,
+        trained,
+        world,
+        keep=args.keep,
+        keep_every=args.keep_every,
+        in_background=args.async_save,
+        say=metrics.say,
+    )
+    reason = OF_THIS_PROCESS.agreed(world.rank, attempt_folder())
+    with attention_backends(world.device), saver:
         metrics.start(progress.tokens)
-        while progress.step < args.steps:
+        while progress.step < args.steps and reason is None:
             step = progress.step + 1
             loss, grad_norm = optimizer_step(plan, technique, step)
             progress = dataclasses.replace(
@@ -166,9 +193,13 @@ def train(plan: Plan, technique: Technique) -> None:
                 sequences=progress.sequences + args.batch_size,
             )
             # ---- Step boundary: parameters, optimizer and progress belong to the same step on every rank.
-            # ---- Saving happens here and nowhere else; so will agreeing on a request to stop.
+            # ---- Agreeing on a request to stop, and saving, happen here and nowhere else.
+            heartbeat.beat(step, "step")
+            if step < args.steps:  # a run that has nothing left to do is done, not stopped
+                reason = OF_THIS_PROCESS.agreed(world.rank, attempt_folder())
+            saved = is_saved(step, args) or (reason is not None and args.save_every >= 0)
             # Also before each save: a loss that is no number raises, and such a model must not be saved.
-            if step == args.steps or step % args.log_every == 0 or is_saved(step, args):
+            if step == args.steps or step % args.log_every == 0 or saved:
                 value = loss.item()
                 metrics.log(
                     step=step,
@@ -178,10 +209,19 @@ def train(plan: Plan, technique: Technique) -> None:
                     lr=learning_rate(step, args),
                 )
                 progress = dataclasses.replace(progress, best_loss=min(value, progress.best_loss or value))
-            if is_saved(step, args):
+            if saved:
+                heartbeat.beat(step, "save")
                 with metrics.paused():
-                    folder = checkpoint.save(plan.run_directory, trained, progress, world)
-                metrics.say(f"saved {folder}")
+                    saver.save(progress)
+        last = saver.wait()
+    if reason is not None:
+        heartbeat.beat(progress.step, "done")
+        metrics.say(f"stopped after step {progress.step}: {reason}")
+        metrics.close()
+        raise Stopped
+    if last is not None and last.step == args.steps and last.event != "saved":
+        raise NotSaved(last.reason)
+    heartbeat.beat(progress.step, "done")
     metrics.close()
 
 
@@ -230,23 +270,25 @@ def recipe_main(body: Callable[[], None]) -> Callable[[], None]:
     """Decorator of a recipe's `main`: how its errors leave the process.
 
     What a person has to set right (arguments, the launch, data that nodes do not share, another run's
-    checkpoint) is one line on stderr and exit status 2: trying again would change nothing. Everything else
-    keeps its traceback, and torchrun's agent gets it too (`record`), so that its summary names the rank
-    that failed first instead of the ones that were killed after it.
+    checkpoint) is one line on stderr and exit status 2: trying again would change nothing. A run that was
+    asked to stop leaves with STOPPED_EXIT. Everything else keeps its traceback, and torchrun's agent gets it
+    too (`record`), so that its summary names the rank that failed first instead of the ones that were killed
+    after it.
     """
 
     @functools.wraps(body)
     def main() -> None:
+        OF_THIS_PROCESS.listen()
         with one_line_errors():
             try:
                 record(body)()
             except LaunchError as error:  # about this rank, or its node
                 print(f"error: {error}", file=sys.stderr, flush=True)
-                sys.exit(2)
+                raise SystemExit(2) from error
             except (CheckpointMismatch, DataError) as error:  # the same on every rank
                 if os.environ.get("RANK", "0") == "0":
                     print(f"error: {error}", file=sys.stderr, flush=True)
-                sys.exit(2)
+                raise SystemExit(2) from error
 
     return main
 

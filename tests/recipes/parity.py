@@ -33,7 +33,7 @@ from recipes.ch3.ddp import Replicated
 from recipes.ch3.ddp_args import DdpArgs
 from recipes.ch4.fsdp import Sharded
 from recipes.ch4.fsdp_args import FsdpArgs
-from recipes.lib import checkpoint
+from recipes.lib import checkpoint, manifest, saving
 from recipes.lib.checkpoint import Progress, Trained
 from recipes.lib.dataset import Dataset
 from recipes.lib.distributed import World, joined
@@ -51,6 +51,8 @@ SIZE = ModelSize(
 SEQUENCE_LENGTH = 24
 STEPS = 6
 SAVED_AT = 3
+SAVED_AGAIN_AT = 5
+"""By a case that itself began with a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Case:
     ragged: bool = False
     """Whether a part of the targets is not trained on, more in some sequences than in others."""
     save: bool = False
-    """Save after step SAVED_AT, under the case's name, and go on."""
+    """Save after step SAVED_AT (or SAVED_AGAIN_AT), under the case's name, and go on."""
     load: str = ""
     """Name of the case whose checkpoint this one begins with."""
 
@@ -203,13 +205,14 @@ def _run(case: Case, folder: Path, world: World) -> Outcome:
     progress, drawn, results = Progress(), [], []
     if case.load:
         torch.manual_seed(99)
-        progress = checkpoint.load(checkpoint.folder_of(folder / case.load, SAVED_AT), trained, world)
+        (saved,) = manifest.folders(folder / case.load)
+        progress = checkpoint.load(saved, trained, world)
         drawn = torch.rand(3).tolist()
     for step in range(progress.step + 1, STEPS + 1):
         loss, grad_norm = optimizer_step(plan, technique, step)
         results.append((loss.item(), grad_norm.item()))
-        if case.save and step == SAVED_AT:
-            checkpoint.save(plan.run_directory, trained, Progress(step=step), world)
+        if case.save and step == (SAVED_AGAIN_AT if case.load else SAVED_AT):
+            saving.save(plan.run_directory, trained, Progress(step=step), world)
             drawn = torch.rand(3).tolist()
     everyone = [drawn] * world.size
     if world.size > 1:

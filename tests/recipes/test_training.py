@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from recipes.ch1.baseline import Baseline
-from recipes.lib import checkpoint, metrics
+from recipes.lib import checkpoint, manifest, metrics
 from recipes.lib.arguments import TrainArgs
 from recipes.lib.distributed import LaunchError, World, alone, world_from_environment
 from recipes.lib.flops import FlopsPerToken
@@ -62,6 +62,11 @@ class KilledInStep:
         return self.baseline.accumulate_gradients(batches, token_count)
 
 
+def newest(run_directory: Path) -> Path | None:
+    """The checkpoint that a resumed run goes on from."""
+    return checkpoint.newest(run_directory, ONE)[0]
+
+
 def plan_in(folder: Path, **args: Any) -> Plan:
     """The baseline's plan over a few tokens, with its run directory `folder`/run."""
     if not (folder / "data").exists():
@@ -69,7 +74,7 @@ def plan_in(folder: Path, **args: Any) -> Plan:
     case = Case("run", "baseline", 1, args={"batch_size": 4, "dtype": "float32", **args})
     plan = plan_for(case, folder, ONE)
     plan.run_directory.mkdir(exist_ok=True)
-    return dataclasses.replace(plan, resume_from=checkpoint.latest(plan.run_directory))
+    return dataclasses.replace(plan, resume_from=newest(plan.run_directory))
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
@@ -124,7 +129,7 @@ def test_lines_hold_what_readers_of_a_run_rely_on(tmp_path: Path) -> None:
         # one.
         assert "mfu" not in line
         assert "memory_gib" not in line
-    assert checkpoint.latest(plan.run_directory) == checkpoint.folder_of(plan.run_directory, 5)
+    assert newest(plan.run_directory) == manifest.folder_of(plan.run_directory, 5)
 
 
 def test_a_model_whose_loss_is_no_number_is_not_saved(tmp_path: Path) -> None:
@@ -134,7 +139,7 @@ def test_a_model_whose_loss_is_no_number_is_not_saved(tmp_path: Path) -> None:
         technique.model.norm.weight.fill_(float("nan"))
     with pytest.raises(NotFinite, match="step 1:"):
         train(plan, technique)
-    assert checkpoint.latest(plan.run_directory) is None
+    assert newest(plan.run_directory) is None
 
 
 def make_metrics(folder: Path) -> Metrics:
@@ -295,7 +300,7 @@ def test_a_recipe_runs_under_a_bare_torchrun(recipe: str, tmp_path: Path) -> Non
     (run_directory,) = (tmp_path / "runs").iterdir()
     assert run_directory.name.startswith(f"{recipe.replace('.', '_')}-torchrun-")
     assert [line["step"] for line in metrics_of(run_directory)] == [1, 2, 3]
-    assert checkpoint.latest(run_directory) == checkpoint.folder_of(run_directory, 3)
+    assert newest(run_directory) == manifest.folder_of(run_directory, 3)
 
 
 def test_a_recipe_goes_on_in_the_run_directory_that_it_is_given(tmp_path: Path) -> None:

@@ -1,0 +1,243 @@
+"""When checkpoints are written, and what becomes of them: in the background, announced, and not for ever kept.
+
+The step loop stands still only while the state is copied to (pinned) host memory; a thread writes it from there.
+One save is under way at a time: the next one waits for it, and so does the end of a run. Host memory holds one copy
+of a rank's part of the state.
+
+RUN_DIR/checkpoints.jsonl tells whoever watches, one line per event: started, saved, failed, skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from recipes.lib import manifest
+from recipes.lib.checkpoint import Progress, Trained, state_of
+from recipes.lib.distributed import World, attempt, from_first
+from recipes.lib.lines import Lines
+from recipes.lib.writing import NotSaved, write_checkpoint
+
+ANNOUNCEMENTS_FILE = "checkpoints.jsonl"
+SECONDS_FOR_THE_LAST = 20.0
+"""How long a run that ends with an error waits for the save under way: its other ranks may be dead."""
+_SPARE_BYTES = 16 * 2**20
+"""What a checkpoint takes beside its tensors: names, random states, the manifest."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How one save ended, the same on every rank but for the seconds."""
+
+    step: int
+    event: str
+    """saved, failed or skipped."""
+    reason: str = ""
+    bytes: int = 0
+    seconds_blocked: float = 0.0
+    """For which the step loop stood still: copying, and waiting for the save before."""
+    seconds_total: float = 0.0
+    """From the beginning until the checkpoint was safe."""
+
+    def __str__(self) -> str:
+        name = f"step-{self.step:08d}"
+        if self.event != "saved":
+            return f"warning: {name} is not saved: {self.reason}"
+        return (
+            f"saved {name}: {self.seconds_blocked:.2f} s blocked, {self.seconds_total:.2f} s in all, "
+            f"{self.bytes / 2**20:,.1f} MiB"
+        )
+
+
+class Saver:
+    """Saves a run's checkpoints; a context in which a save under way is waited for at the end."""
+
+    def __init__(
+        self,
+        run_directory: Path,
+        trained: Trained,
+        world: World,
+        *,
+        keep: int,
+        keep_every: int,
+        in_background: bool,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """`keep` checkpoints are kept, and those of every `keep_every`-th step (0: none of them)."""
+        self._run_directory, self._trained, self._world = run_directory, trained, world
+        self._keep, self._keep_every, self._say = keep, keep_every, say
+        self._stager: DefaultStager | None = None
+        if in_background:
+            cuda = world.device.type == "cuda"
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=cuda,
+                    use_shared_memory=False,
+                    use_async_staging=False,
+                    use_non_blocking_copy=cuda,
+                )
+            )
+        self._lines = Lines(run_directory / ANNOUNCEMENTS_FILE) if world.is_first else None
+        self._thread: threading.Thread | None = None
+        self._outcome: Saved | None = None
+        self._error: Exception | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.wait()
+        elif self._thread is not None:
+            # On an error of this rank alone, the others wait in another collective: not for ever.
+            self._thread.join(SECONDS_FOR_THE_LAST)
+            if self._thread.is_alive():
+                return  # it still uses what would be closed
+        if self._stager is not None:
+            self._stager.close()
+        if self._lines is not None:
+            self._lines.close()
+
+    def save(self, progress: Progress) -> None:
+        """Begin to save; all ranks call this together, at a step boundary. The state may change when it returns.
+
+        What goes wrong with the disk is announced and leaves the run going; `wait` tells how it ended.
+        """
+        began = time.perf_counter()
+        self.wait()
+        step = progress.step
+        state = state_of(self._trained, progress, self._world)
+        too_full = self._space_problem(_bytes_of(state)) if self._world.is_first else None
+        too_full = from_first(too_full, self._world)
+        if too_full is not None:
+            self._outcome = Saved(step, "skipped", too_full)
+            self._announce(self._outcome)
+            return
+        self._announce(Saved(step, "started"))
+        if self._stager is None:
+            self._finish(state, step, began, blocked=None)
+            self.wait()
+            return
+        staged = self._stager.stage(state)
+        assert isinstance(staged, dict), "asked for without staging in the background"
+        blocked = time.perf_counter() - began
+        # A daemon: a process that ends with an error must not wait for ranks that are gone.
+        self._thread = threading.Thread(
+            target=self._finish, args=(staged, step, began, blocked), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> Saved | None:
+        """Wait for the save under way. How the newest ended, on every rank alike; None before the first."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+        return self._outcome
+
+    def _finish(self, state: dict[str, Any], step: int, began: float, blocked: float | None) -> None:
+        """Write, announce, delete what is kept no longer. In the background, where there is one."""
+        world = self._world
+        try:
+            if world.device.type == "cuda":
+                torch.cuda.set_device(world.device)  # of this thread; its own would be the first GPU
+            group = world.background
+            description = self._trained.description(step, world)
+            try:
+                written = write_checkpoint(state, description, self._run_directory, world, group)
+                outcome = Saved(step, "saved", bytes=written.size)
+            except NotSaved as error:
+                outcome = Saved(step, "failed", str(error))
+            total = time.perf_counter() - began
+            self._outcome = dataclasses.replace(
+                outcome, seconds_total=total, seconds_blocked=total if blocked is None else blocked
+            )
+            self._announce(self._outcome)
+            if world.is_first and outcome.event == "saved":
+                self._delete_surplus(step)
+        except Exception as error:  # noqa: BLE001 - a thread's error is its waiter's: wait() raises it
+            self._error = error
+
+    def _announce(self, what: Saved) -> None:
+        """Rank 0 writes the line and says it."""
+        if self._lines is None:
+            return
+        line = {**dataclasses.asdict(what), "attempt": attempt(), "time": time.time()}
+        self._lines.append(line)
+        if what.event != "started":
+            self._say(str(what))
+
+    def _space_problem(self, needed: int) -> str | None:
+        """Why a checkpoint of that many bytes cannot fit; None where it may. A quota shows only when it is hit."""
+        folder = self._run_directory / "checkpoints"
+        try:
+            folder.mkdir(exist_ok=True)
+            found = os.statvfs(folder)
+        except OSError as error:
+            return f"{folder}: {error.strerror}"
+        free = found.f_bavail * found.f_frsize
+        if found.f_blocks == 0 or free >= needed:  # some network file systems do not say how large they are
+            return None
+        return f"it needs {needed / 2**30:.3f} GiB, {folder} has {free / 2**30:.3f} GiB free"
+
+    def _delete_surplus(self, newest: int) -> None:
+        """Delete by the rule of `keep` and `keep_every`. Only sound ones count, and only those are deleted."""
+        sound = []
+        for folder in manifest.folders(self._run_directory):
+            try:
+                sound.append(manifest.check_sizes(folder).step)
+            except (manifest.Unsound, manifest.TooNew):
+                continue  # kept for whoever wants to look; a resume says what is wrong with it
+        for step in manifest.surplus(sound, self._keep, self._keep_every):
+            if step == newest:
+                continue  # after resume=false, a higher step may be an older checkpoint
+            try:
+                manifest.remove(manifest.folder_of(self._run_directory, step))
+            except OSError as error:
+                print(f"warning: step-{step:08d} is not deleted: {error}", file=sys.stderr, flush=True)
+
+
+def _bytes_of(state: dict[str, Any]) -> int:
+    """Bytes that the checkpoint will have, over all ranks: a sharded tensor counts whole, a replicated one once."""
+    tensors = [
+        tensor
+        for part in (state["model"], state["optimizer"])
+        for tensor in part.values()
+        if isinstance(tensor, torch.Tensor)
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + _SPARE_BYTES
+
+
+def save(run_directory: Path, trained: Trained, progress: Progress, world: World) -> Path:
+    """Write one checkpoint now, and delete none; all ranks call this together. Gives its folder.
+
+    Raises NotSaved on every rank alike.
+    """
+    state = state_of(trained, progress, world)
+    description = trained.description(progress.step, world)
+    write_checkpoint(state, description, run_directory, world, world.patient)
+    return manifest.folder_of(run_directory, progress.step)
+
+
+def keep_tokenizer(source: Path, run_directory: Path) -> None:
+    """Put the tokenizer of the run's data beside its checkpoints: the cache that it is in may be emptied."""
+    folder = run_directory / "tokenizer"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (source / name).is_file() and not (folder / name).exists():
+            folder.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
