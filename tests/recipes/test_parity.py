@@ -19,6 +19,9 @@ from recipes.lib.distributed import World, joined
 from recipes.lib.training import optimizer_step
 from tests.recipes.parity import STEPS, Case, Outcome, build, launch, make_data, plan_for, run_cases
 
+# The first test waits for every process of the file: a minute on two idle cores, several on busy ones.
+pytestmark = pytest.mark.timeout(900)
+
 LAYOUTS = {
     # Every rank has the same share, in one piece.
     "even": {"args": {"batch_size": 8}},
