@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         store = _meet(options, rank) if options.mode == "rank" else None
         _become(recipe)
     except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == STOPPED_EXIT:
+            # srun ends the slower ranks when the first one has stopped, and Python drops its handlers on the way out.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _record_error(options.attempt_dir, rank, error)
         raise
     del store  # rank 0's store outlives the recipe, so that the others' last collective can finish
