@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_help_names_every_command_and_the_rule_for_words(capsys: pytest.CaptureF
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     for name, command in COMMANDS.items():
-        assert f"  {name} " in text
+        assert re.search(rf"^  +{name}\s", text, re.M)
         assert command.help in text
     assert "A comma makes a sweep" in text
 
