@@ -13,6 +13,7 @@ network file system adds its round trip to every call, for every number of ranks
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -207,7 +208,10 @@ def ledger_of(lines: int, ranks: int) -> tuple[float, float, float]:
                     "ended": number * 10.0 + 9,
                 }
                 file.write(json.dumps({"attempt": number, **record, **times}) + "\n")
-        appending = _median(lambda: ledger.append_line(path, {"attempt": lines, **record}), rounds=APPENDS)
+        numbers = itertools.count(lines + 1)  # an attempt's second line amends its first
+        appending = _median(
+            lambda: ledger.append_line(path, {"attempt": next(numbers), **record}), rounds=APPENDS
+        )
         reading = _median(lambda: ledger.attempts(path), rounds=3)
         read = ledger.attempts(path)
         assert len(read) == lines + APPENDS
