@@ -16,7 +16,7 @@ from typing import Protocol
 
 from launcher import codeversion, hangs, outcome, ownjob, preflight, rendezvous, runs, slurm, stopping
 from launcher.allocation import Allocation
-from launcher.outcome import Outcome, RankError
+from launcher.outcome import Outcome
 from launcher.paths import REPOSITORY
 from launcher.saying import OwnLog, say
 from launcher.spec import JobSpec, UserError
@@ -240,7 +240,7 @@ class _Attempt:
         ending = outcome.Ending(
             exit_code=exit_code,
             task_exits=tuple(self.step.task_exits()),
-            errors=rank_errors(self.dir),
+            errors=runs.rank_errors(self.dir),
             hang=self.hang.lines if self.hang else (),
             hung_rank=self.hang.rank if self.hang else None,
             stop_signal=signals.end,
@@ -278,12 +278,6 @@ class _Attempt:
             return named
         gone = tuple(node for node in self.allocation.nodes if job.nodes and node not in job.nodes)
         return tuple(dict.fromkeys((*named, *gone, *down)))
-
-
-def rank_errors(attempt_dir: Path) -> tuple[RankError, ...]:
-    """The exceptions that task wrappers recorded in this attempt."""
-    records = (runs.read_json(path) for path in sorted(attempt_dir.glob("error-*.json")))
-    return tuple(RankError.from_record(record) for record in records if record is not None)
 
 
 def _blocked(findings: list[preflight.Finding]) -> Outcome:

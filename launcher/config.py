@@ -86,13 +86,6 @@ def compose_points(
     return [_compose_point(chosen, point) for point in expand(chosen.overrides, chosen.sweeps)]
 
 
-def compose_sweep(
-    words: Sequence[str], *, repository: Path = REPOSITORY, cwd: Path | None = None
-) -> list[JobSpec]:
-    """The specs of `compose_points`."""
-    return [composed.spec for composed in compose_points(words, repository=repository, cwd=cwd)]
-
-
 @dataclass(frozen=True)
 class _Chosen:
     """What the words `recipe=` and `cluster=` name, and the words that are left."""

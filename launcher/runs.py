@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import ledger
+from launcher.outcome import RankError
 from launcher.spec import JobSpec, UserError
 
 ID_LETTERS = "abcdefghjkmnpqrstuvwxyz"
@@ -196,6 +197,12 @@ def remember_job(root: Path, cluster: str, job_id: str, run: Run) -> None:
 def run_of_job(root: Path, cluster: str, job_id: str) -> Run | None:
     path = root / ".jobs" / f"{cluster}-{job_id}"
     return Run(root / path.read_text().strip()) if path.exists() else None
+
+
+def rank_errors(attempt_dir: Path) -> tuple[RankError, ...]:
+    """The exceptions that the task wrappers of an attempt recorded."""
+    records = (read_json(path) for path in sorted(attempt_dir.glob("error-*.json")))
+    return tuple(RankError.from_record(record) for record in records if record is not None)
 
 
 def last_metrics(run: Run) -> Mapping[str, Any]:

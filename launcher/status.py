@@ -121,10 +121,7 @@ def is_alive(pid: int) -> bool:
 def failure_of(run: runs.Run) -> RankError | None:
     """The error of the rank that failed first in the newest attempt, with its traceback."""
     folders = run.attempt_dirs()
-    if not folders:
-        return None
-    records = (runs.read_json(path) for path in sorted(folders[-1].glob("error-*.json")))
-    return first_error([RankError.from_record(record) for record in records if record is not None])
+    return first_error(runs.rank_errors(folders[-1])) if folders else None
 
 
 def batch_log(run: runs.Run) -> Path | None:
