@@ -93,7 +93,7 @@ def due(job: OwnJob | None, *, warned: bool, now: float, measured: float | None)
     if left is None or total is None or left > lead + WARNING_SLACK_SECONDS:
         # Nobody warns so early of a time limit: somebody wants the nodes.
         return Stop("preemption", deadline, f"SIGUSR1, and the time limit is {_in(left)}")
-    if left > max(0.6 * total, lead + EARLIEST_WARNING_SECONDS):
+    if left > max(0.6 * total, lead + min(lead, EARLIEST_WARNING_SECONDS)):
         return None  # a warning made for a longer limit; the clock above speaks in time
     return Stop("time_limit", deadline, f"SIGUSR1; the time limit is {_in(left)}")
 

@@ -74,8 +74,9 @@ def resume(options: argparse.Namespace) -> int:
     if changes:
         (point,) = compose_points(_merged(found.info()["words"], changes))
         if point.spec.recipe != spec.recipe:
-            raise UserError(
-                f"recipe={point.spec.recipe}: run {found.id} is a {spec.recipe}; submit a new run instead"
+            # DDP's checkpoints are FSDP's as well; a recipe that cannot read them says so before its first step.
+            console.print(
+                f"run {found.id} goes on as {point.spec.recipe}; it was a {spec.recipe}", highlight=False
             )
         spec = point.spec
         use_cluster(spec.cluster)

@@ -48,6 +48,8 @@ def test_a_warning_that_was_made_for_a_longer_limit_waits_for_the_clock() -> Non
     """`sbatch --time=2` of a file whose header says 120 s: Slurm signals in the first second."""
     assert due(job(119.0, limit=120.0), warned=True, now=NOW, measured=None) is None
     assert due(job(30.0, limit=120.0), warned=True, now=NOW, measured=None) is not None
+    assert due(job(50.0, limit=60.0), warned=True, now=NOW, measured=None) is None
+    assert due(job(38.0, limit=60.0), warned=True, now=NOW, measured=None) is not None
 
 
 def test_a_preemption_is_one_however_much_time_the_limit_leaves() -> None:
