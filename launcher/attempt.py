@@ -82,9 +82,11 @@ class Ended:
     """Why Slurm ended the job; empty where the job lives on."""
 
 
-def run_attempt(here: Here, number: int, attempt_dir: Path, nodes: tuple[str, ...]) -> Ended:
-    """Run the tasks once on these nodes of the allocation."""
-    attempt = _Attempt(here, number, attempt_dir, nodes)
+def run_attempt(
+    here: Here, number: int, attempt_dir: Path, nodes: tuple[str, ...], *, lost_nodes: bool = False
+) -> Ended:
+    """Run the tasks once on these nodes of the allocation; `lost_nodes` says that it had others before."""
+    attempt = _Attempt(here, number, attempt_dir, nodes, lost_nodes=lost_nodes)
     try:
         blocked = attempt.check()
     except slurm.SlurmError as error:
@@ -103,8 +105,11 @@ def run_attempt(here: Here, number: int, attempt_dir: Path, nodes: tuple[str, ..
 
 
 class _Attempt:
-    def __init__(self, here: Here, number: int, attempt_dir: Path, nodes: tuple[str, ...]) -> None:
+    def __init__(
+        self, here: Here, number: int, attempt_dir: Path, nodes: tuple[str, ...], *, lost_nodes: bool
+    ) -> None:
         self.here, self.number, self.dir = here, number, attempt_dir
+        self._lost_nodes = lost_nodes
         allocation = here.allocation
         self.allocation = Allocation(
             allocation.job_id, allocation.cluster, nodes, allocation.tasks_per_node, allocation.cpus_per_task,
@@ -142,7 +147,7 @@ class _Attempt:
         here = self.here
         launch = Launch(
             here.spec, self.allocation, REPOSITORY, here.run.path, self.dir, self._master, here.python,
-            _contract(here, self.number, self.dir),
+            _contract(here, self.number, self.dir), self._lost_nodes,
         )  # fmt: skip
         self._started = time.time()
         if batch := os.environ.get("LAUNCHER_BATCH_STARTED"):

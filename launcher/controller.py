@@ -178,7 +178,7 @@ def _one_attempt(here: Here, bad: tuple[str, ...]) -> Decision:
     say(f"run {run.id} attempt {number}: {spec.recipe} on {', '.join(nodes)}; directory {run.path}")
     _write_state(here, "starting", "preflight", attempt=number)
     _write_state(here, "running", f"{spec.world_size} ranks", attempt=number)
-    ended = run_attempt(here, number, attempt_dir, nodes)
+    ended = run_attempt(here, number, attempt_dir, nodes, lost_nodes=bool(bad))
 
     metrics, events = ledger.read_lines(run.metrics_file), durations.announcements(run)
     now = time.time()

@@ -101,6 +101,7 @@ def _one_per_node(allocation: Allocation) -> list[str]:
         f"--ntasks={nodes}",
         "--ntasks-per-node=1",
         "--cpus-per-task=1",
+        "--overlap",  # a step that lost a node holds the CPUs of the others for a minute after its end
         "--mpi=none",
         "--export=ALL",
         "--input=none",

@@ -34,6 +34,9 @@ class Launch:
     master: str
     python: str
     environment: Mapping[str, str]
+    beside_a_dead_step: bool = False
+    """An earlier step of the job lost a node. Until the dead node's part of it is given up, a minute later, Slurm
+    keeps its CPUs on the living nodes, and would let this step wait for them."""
 
 
 # --- pure -----------------------------------------------------------------------------------------------------------
@@ -75,6 +78,7 @@ def srun_command(launch: Launch) -> list[str]:
         f"--cpus-per-task={cpus}",
         "--distribution=block",  # ranks of one node are neighbours: RANK // LOCAL_WORLD_SIZE is the node
         "--kill-on-bad-exit=1",
+        *(["--overlap"] if launch.beside_a_dead_step else []),
         "--mpi=none",  # torch needs no PMI; a broken default plugin hangs the step before the first task
         "--export=ALL",
         f"--chdir={launch.repository}",  # `python -m` looks in the working folder first: a reader's own recipes/ there

@@ -57,9 +57,9 @@ class Started:
     def saved(self) -> int:
         return durations.last_saved(self.events()) or 0
 
-    def goes_on(self) -> None:
+    def goes_on(self, within: float = 60.0) -> None:
         """Let a requeued job start without the wait that its credential asks for."""
-        start_now(self.launcher, self.run)
+        start_now(self.launcher, self.run, within=within)
 
 
 def start(
@@ -98,7 +98,9 @@ def frozen(started: Started, moment: Callable[[], bool], attempt: int = 1) -> It
     while True:
         while not moment():
             assert time.monotonic() < end, f"the moment never came; {started.log}"
-            assert len(started.run.attempts()) < attempt, f"the attempt ended before its moment; {started.log}"
+            assert len(started.run.attempts()) < attempt, (
+                f"the attempt ended before its moment; {started.log}"
+            )
             time.sleep(0.002)
         tell(ranks.values(), signal.SIGSTOP)
         if moment():

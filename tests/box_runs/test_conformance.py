@@ -121,7 +121,8 @@ def test_a_rank_that_hangs(launcher: Launcher, folder: Path, undisturbed: Losses
         first = ended(started.run)
     check(started, undisturbed, ["hang", "done"])
     assert (first["rank"], first["action"]) == (1, "restarted")
-    assert first["reason"].startswith("rank 1 on ")
+    assert ": rank 1 on " in first["reason"]
+    assert "gave no stack while the others wait in" in first["reason"], "a stopped process writes nothing"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest"])
