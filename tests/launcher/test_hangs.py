@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.hangs import HangWatch, Place, judge, parse_stacks
-from launcher.heartbeats import STRAGGLER_BEATS, Heartbeat, Monitor, Stalled, Straggler, parse
+from launcher.heartbeats import STRAGGLER_BEATS, Heartbeat, Monitor, Stalled, Straggler, parse, sentences
 from launcher.spec import UserError
 from launcher.traces import Call, Held
 
@@ -92,6 +92,12 @@ def test_a_slow_rank_is_named_once_with_its_time_and_the_others() -> None:
 
 def test_a_rank_that_is_slow_now_and_then_is_not_named() -> None:
     assert named(Monitor(), 40, lambda rank, step: 1.0 if rank == 2 and step % STRAGGLER_BEATS else 0.1) == []
+
+
+def test_what_another_version_wrote_of_a_slow_rank_is_left_out() -> None:
+    record = {"rank": 2, "host": "n2", "step": 5, "own": 1.0, "others": 0.1}
+    assert sentences([record, {**record, "why": "?"}, "rank 2"]) == (str(Straggler(**record)),)
+    assert sentences(None) == ()
 
 
 def test_equal_ranks_are_not_slow() -> None:
