@@ -10,12 +10,13 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from launcher import codeversion, hangs, outcome, ownjob, preflight, rendezvous, runs, slurm, stopping
+from launcher import codeversion, hangs, outcome, ownjob, preflight, rendezvous, runs, slurm, stopping, traces
 from launcher.allocation import Allocation
+from launcher.heartbeats import Straggler
 from launcher.outcome import Outcome
 from launcher.paths import REPOSITORY
 from launcher.saying import OwnLog, say
@@ -69,6 +70,12 @@ class Here:
             return ownjob.OwnJob(self.deadline - limit, self.deadline, None, None, False, 0, nodes)
         return self.watcher.newest if self.watcher is not None else None
 
+    def write_state(self, state: str, reason: str, **more: object) -> None:
+        """What `status` shows, in the run directory."""
+        self.run.write_state(
+            state=state, reason=reason, job_id=self.allocation.job_id, pid=os.getpid(), **more
+        )
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -80,6 +87,8 @@ class Ended:
     seconds: Mapping[str, float] = field(default_factory=dict)
     slurm_cause: str = ""
     """Why Slurm ended the job; empty where the job lives on."""
+    slow: tuple[Straggler, ...] = ()
+    """Ranks that held the others up meanwhile."""
 
 
 def run_attempt(
@@ -165,7 +174,7 @@ class _Attempt:
 
     def watch(self) -> Ended:
         """Wait for the tasks and act on what comes in meanwhile."""
-        watch = hangs.HangWatch.from_environment(self.here.spec.environment, self.dir)
+        watch = self._watch = hangs.HangWatch.from_environment(self.here.spec.environment, self.dir)
         looked = 0.0
         while (exit_code := self.step.poll()) is None:
             now = time.time()
@@ -208,8 +217,14 @@ class _Attempt:
         stopping.write(self.dir, stop)
 
     def _heed_heartbeats(self, watch: hangs.HangWatch, now: float) -> None:
-        for line in watch.look(now):
-            say(line)
+        for straggler in watch.look(now):
+            say(str(straggler))
+            self.here.write_state(
+                "running",
+                f"{self.here.spec.world_size} ranks",
+                attempt=self.number,
+                slow=list(map(asdict, watch.slow)),
+            )
         if watch.stalled is None:
             return
         self.step.dump_stacks()
@@ -256,7 +271,8 @@ class _Attempt:
             log_lines=_log_tails(self.dir) if exit_code else (),
         )
         self.seconds["tasks"] = round(time.time() - self._started, 3)
-        return Ended(outcome.classify(ending), exit_code, self._started, self.seconds, cause)
+        slow = tuple(self._watch.slow)
+        return Ended(outcome.classify(ending), exit_code, self._started, self.seconds, cause, slow)
 
     def _preempted(self) -> outcome.StopReason | None:
         """In a preemption's grace time the tasks get SIGTERM, and may be gone before anybody told us."""
@@ -319,6 +335,7 @@ def _contract(here: Here, number: int, attempt_dir: Path) -> dict[str, str]:
     """The variables that a recipe may rely on, beyond torch's own (which the task wrapper sets)."""
     paths = [str(REPOSITORY), *filter(None, [here.environment.get("PYTHONPATH")])]
     return {
+        **traces.variables(attempt_dir, {**here.environment, **here.spec.environment}),
         **here.spec.environment,
         "RUN_DIR": str(here.run.path),
         "ATTEMPT": str(number),

@@ -157,7 +157,7 @@ def control(here: Here) -> int:
     refusal = lost.settle(run, here.allocation)
     if refusal:
         say(f"stopped: {refusal}")
-        _write_state(here, "lost", refusal, action="stopped")
+        here.write_state("lost", refusal, action="stopped")
         return 1
     bad: tuple[str, ...] = ()
     while True:
@@ -176,8 +176,8 @@ def _one_attempt(here: Here, bad: tuple[str, ...]) -> Decision:
     saved_in = durations.last_saved(durations.announcements(run))
     lost.note_start(attempt_dir, here.allocation.job_id, nodes, started)
     say(f"run {run.id} attempt {number}: {spec.recipe} on {', '.join(nodes)}; directory {run.path}")
-    _write_state(here, "starting", "preflight", attempt=number)
-    _write_state(here, "running", f"{spec.world_size} ranks", attempt=number)
+    here.write_state("starting", "preflight", attempt=number)
+    here.write_state("running", f"{spec.world_size} ranks", attempt=number)
     ended = run_attempt(here, number, attempt_dir, nodes, lost_nodes=bool(bad))
 
     metrics, events = ledger.read_lines(run.metrics_file), durations.announcements(run)
@@ -197,7 +197,7 @@ def _one_attempt(here: Here, bad: tuple[str, ...]) -> Decision:
         {"torch": codeversion.version_of("torch") or "", "submitit": codeversion.version_of("submitit") or ""},
         cause=outcome.cause, evidence=outcome.evidence, restarts=here.allocation.restart_count,
         made_steps="train" in seconds, saved_in=saved_in, saved_out=saved_out, code=codeversion.recorded(run.path),
-        excluded=bad,
+        excluded=bad, slow=ended.slow,
     )  # fmt: skip
     job = _now(here)
     decision = recovery.decide(
@@ -214,11 +214,9 @@ def _one_attempt(here: Here, bad: tuple[str, ...]) -> Decision:
         say(f"  {line}")
     say(f"{decision.action}: {decision.reason}")
     if decision.action == "restarted":
-        _write_state(here, "starting", f"again, after: {outcome.reason}", attempt=number)
+        here.write_state("starting", f"again, after: {outcome.reason}", attempt=number)
         return decision
-    _write_state(
-        here, outcome.state, outcome.reason, attempt=number, rank=outcome.rank, action=decision.action
-    )
+    _write_end(here, ended, number, decision.action, outcome.reason)
     return _carry_out(here, decision, excluded, number, ended)
 
 
@@ -252,10 +250,7 @@ def _carry_out(
         say(f"job {new_job} follows job {job_id}")
     if action != decision.action:
         ledger.amend(run.attempts_file, number, action=action, decision=why)
-        outcome = ended.outcome
-        _write_state(
-            here, outcome.state, f"{outcome.reason}; {why}", attempt=number, rank=outcome.rank, action=action
-        )
+        _write_end(here, ended, number, action, f"{ended.outcome.reason}; {why}")
     return Decision(action, why, exclude)
 
 
@@ -323,8 +318,10 @@ def _last_step(metrics: Sequence[Mapping[str, object]]) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def _write_state(here: Here, state: str, reason: str, **more: object) -> None:
-    here.run.write_state(state=state, reason=reason, job_id=here.allocation.job_id, pid=os.getpid(), **more)
+def _write_end(here: Here, ended: Ended, number: int, action: recovery.Action, reason: str) -> None:
+    slow = [dataclasses.asdict(each) for each in ended.slow]
+    outcome = ended.outcome
+    here.write_state(outcome.state, reason, attempt=number, rank=outcome.rank, action=action, slow=slow)
 
 
 def _step_environment(environment: Mapping[str, str]) -> dict[str, str]:

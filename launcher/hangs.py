@@ -1,7 +1,8 @@
 """A run that stands still: noticing it, and naming the rank that the others wait for. File system.
 
-All ranks dump their stacks at once (faulthandler on SIGUSR2, task.py). Most of them stand in the same collective; the
-one that does not is the one to look at.
+All ranks dump their stacks and their collectives at once (SIGUSR2, witness.py). The flight recorders know which call
+the ranks wait in and who has not made it; the stacks know the line where that rank stands, and judge alone where no
+recorder answers: most ranks stand in the same collective then, and the one that does not is the one to look at.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import heartbeats
-from launcher.heartbeats import Monitor, Stalled
+from launcher import heartbeats, traces
+from launcher.heartbeats import Monitor, Stalled, Straggler
 from launcher.spec import UserError
+from launcher.traces import Held
 
 DUMP_SECONDS = 5.0
 """For the stacks to arrive; a rank that is stuck in the kernel never writes its own."""
@@ -76,6 +78,8 @@ class HangWatch:
         self._dir = attempt_dir
         self._monitor = Monitor(least_seconds) if least_seconds is not None else None
         self.stalled: Stalled | None = None
+        self.slow: list[Straggler] = []
+        """Every rank that was slow so far."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], attempt_dir: Path) -> HangWatch:
@@ -85,16 +89,15 @@ class HangWatch:
         except ValueError:
             raise UserError(f"env.HANG_SECONDS={environment['HANG_SECONDS']}: seconds are wanted") from None
 
-    def look(self, now: float) -> list[str]:
-        """Take in the newest heartbeats; lines to say about ranks that lag. Sets `stalled`."""
+    def look(self, now: float) -> list[Straggler]:
+        """Take in the newest heartbeats; gives the ranks that are slow and were not before. Sets `stalled`, `slow`."""
         if self._monitor is None:
             return []
         self._monitor.take(heartbeats.read(self._dir), now)
         self.stalled = self._monitor.stalled(now)
-        return [
-            f"rank {beat.rank} on {beat.host} is slow: {beat.own:.2f} s for a step of its own, far more than the others"
-            for beat in self._monitor.stragglers()
-        ]
+        new = self._monitor.stragglers()
+        self.slow += new
+        return new
 
 
 def parse_stacks(text: str) -> Place | None:
@@ -126,37 +129,52 @@ def read_stacks(attempt_dir: Path) -> dict[int, Place]:
 
 
 def examine(attempt_dir: Path, stalled: Stalled) -> Hang:
-    """Wait for the stacks that were asked for, then name the rank."""
+    """Wait for the stacks and the collectives that were asked for, then name the rank."""
     ranks = [beat.rank for beat in stalled.beats]
     end = time.monotonic() + DUMP_SECONDS
-    while set(read_stacks(attempt_dir)) < set(ranks) and time.monotonic() < end:
+    while time.monotonic() < end and not (
+        set(read_stacks(attempt_dir)) >= set(ranks) and set(traces.written(attempt_dir)) >= set(ranks)
+    ):
         time.sleep(0.1)
-    time.sleep(0.2)  # the last file may still be growing
-    return judge(stalled, read_stacks(attempt_dir))
+    time.sleep(0.2)  # the last file of stacks may still be growing
+    return judge(stalled, read_stacks(attempt_dir), traces.held(traces.read(attempt_dir), ranks))
 
 
-def judge(stalled: Stalled, places: Mapping[int, Place]) -> Hang:
+def judge(stalled: Stalled, places: Mapping[int, Place], held: Held | None = None) -> Hang:
     """Which rank the others wait for, and in what. Pure."""
     hosts = {beat.rank: beat.host for beat in stalled.beats}
     waiting = {rank: place.collective for rank, place in places.items() if place.collective}
-    suspects = _suspects(stalled, places, waiting)
+    suspects = _suspects(stalled, places, waiting, held)
     told = f"nothing moved for {stalled.seconds:.0f} s after step {stalled.step}"
-    lines = [_line(rank, hosts[rank], places.get(rank)) for rank in sorted(hosts)]
+    lines = [_line(rank, hosts[rank], places.get(rank), held) for rank in sorted(hosts)]
+    inside = _collective(list(waiting.values()), held)
     if not suspects:
-        where = f": all ranks wait in {_commonest(list(waiting.values()))}" if waiting else ""
+        where = f": all ranks wait in {inside}" if inside else ""
         return Hang(None, (f"{told}{where}", *lines))
     rank = suspects[0]
-    inside = f" while the others wait in {_commonest(list(waiting.values()))}" if waiting else ""
     place = places.get(rank)
     at = f"stands in {place.own or place.frames[0]}" if place else "gave no stack"
-    named = f"rank {rank} on {hosts[rank]} {at}{inside}"
+    named = f"rank {rank} on {hosts[rank]} {at}" + (f" while the others wait in {inside}" if inside else "")
     ordered = sorted(lines, key=lambda line: not line.startswith(f"rank {rank} "))
     return Hang(rank, (f"{told}: {named}", *ordered))
 
 
-def _suspects(stalled: Stalled, places: Mapping[int, Place], waiting: Mapping[int, str]) -> list[int]:
+def _collective(waiting: Sequence[str], held: Held | None) -> str:
+    """What is waited in: the function's name as the reader wrote it, and what the flight recorder calls it."""
+    name = _commonest(waiting) if waiting else ""
+    if held is None:
+        return name
+    return f"{name}: {held}" if name else str(held)
+
+
+def _suspects(
+    stalled: Stalled, places: Mapping[int, Place], waiting: Mapping[int, str], held: Held | None
+) -> list[int]:
     ranks = [beat.rank for beat in stalled.beats if beat.phase != "done"]
     outside = [rank for rank in ranks if rank not in waiting]
+    if held is not None and held.missing:
+        # One without a stack is stuck where Python cannot answer; then one that is in no collective at all.
+        return sorted(held.missing, key=lambda rank: (rank in places, rank in waiting, rank))
     if waiting and outside:
         # One without a stack is stuck where Python cannot answer; one with a stack says where.
         return sorted(outside, key=lambda rank: (rank in places, rank))
@@ -169,11 +187,12 @@ def _suspects(stalled: Stalled, places: Mapping[int, Place], waiting: Mapping[in
     return []
 
 
-def _line(rank: int, host: str, place: Place | None) -> str:
+def _line(rank: int, host: str, place: Place | None, held: Held | None) -> str:
+    instead = f"; {held.missing[rank]}" if held is not None and rank in held.missing else ""
     if place is None:
-        return f"rank {rank} on {host}: no stack"
+        return f"rank {rank} on {host}: no stack{instead}"
     inside = f"{place.collective}, called from " if place.collective else ""
-    return f"rank {rank} on {host}: {inside}{place.own or place.frames[0]}"
+    return f"rank {rank} on {host}: {inside}{place.own or place.frames[0]}{instead}"
 
 
 def _commonest(words: Sequence[str]) -> str:

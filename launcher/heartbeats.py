@@ -6,6 +6,7 @@ nodes differ, and a rank that repeats itself does not move.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections import deque
@@ -22,7 +23,13 @@ SAVE_PATIENCE = 10.0
 STEPS_BEFORE_JUDGING = 2
 """The first step compiles, allocates and connects; it says nothing about the next."""
 STRAGGLER_FACTOR = 3.0
+"""Times the others' own work. A choice of ours, for naming a rank without being wrong: NVIDIA's resiliency extension
+calls a GPU slow below 0.7 of the fastest (its `gpu_relative_perf_threshold`), but times kernels alone and over minutes;
+on a host, where a neighbour's job and a page cache count too, a factor of 1.4 names somebody in every other run."""
 LEAST_STRAGGLER_SECONDS = 0.1
+"""More than the others: of steps of milliseconds a factor says nothing, and nobody waits long for them."""
+STRAGGLER_BEATS = 5
+"""One after another in which a rank is slow before it is named: a busy moment passes."""
 _KEPT_STEPS = 50
 
 
@@ -59,6 +66,32 @@ class Stalled:
         return tuple(beat for beat in self.beats if beat.step < self.step)
 
 
+@dataclass(frozen=True)
+class Straggler:
+    """A rank that holds the others up, as it was when it was named."""
+
+    rank: int
+    host: str
+    step: int
+    own: float
+    """Seconds of its own work in a step, and the median of the other ranks'."""
+    others: float
+
+    def __str__(self) -> str:
+        times = f" ({self.own / self.others:.0f} times)" if self.others > 0 else ""
+        return (
+            f"rank {self.rank} on {self.host} is slow: {self.own:.3g} s of its own work in a step, the others "
+            f"{self.others:.3g} s{times}; seen at step {self.step}"
+        )
+
+
+def sentences(records: object) -> tuple[str, ...]:
+    """Slow ranks as state.json and the ledger have them, a sentence each. What another version wrote is left out."""
+    names = [field.name for field in dataclasses.fields(Straggler)]
+    whole = [each for each in records if isinstance(each, dict)] if isinstance(records, list | tuple) else []
+    return tuple(str(Straggler(**each)) for each in whole if sorted(each) == sorted(names))
+
+
 def parse(rank: int, text: str) -> Heartbeat | None:
     """One heartbeat; None for a file that is being written for the first time."""
     try:
@@ -91,6 +124,8 @@ class Monitor:
         self._moved: dict[int, float] = {}
         self._first_step: int | None = None
         self._step_seconds: deque[float] = deque(maxlen=_KEPT_STEPS)
+        self._slow_beats: dict[int, int] = {}
+        self._judged: dict[int, int] = {}
         self._told: set[int] = set()
 
     @property
@@ -127,22 +162,25 @@ class Monitor:
         still = now - max(self._moved.values())
         return Stalled(still, beats) if still > self.limit else None
 
-    def stragglers(self) -> list[Heartbeat]:
-        """Ranks whose own time per step is far above the others'; each is named once."""
+    def stragglers(self) -> list[Straggler]:
+        """Ranks whose own time per step has been far above the others' for some beats; each is named once."""
         own = {
             beat.rank: beat.own
             for beat in self._last.values()
             if beat.own is not None and beat.phase == "step"
         }
-        if len(own) < 2:
-            return []
         found = []
         for rank, seconds in own.items():
+            beat = self._last[rank]
+            if len(own) < 2 or rank in self._told or self._judged.get(rank) == beat.step:
+                continue
+            self._judged[rank] = beat.step
             others = statistics.median(value for other, value in own.items() if other != rank)
             slow = seconds > max(STRAGGLER_FACTOR * others, others + LEAST_STRAGGLER_SECONDS)
-            if slow and rank not in self._told:
+            self._slow_beats[rank] = self._slow_beats.get(rank, 0) + 1 if slow else 0
+            if self._slow_beats[rank] >= STRAGGLER_BEATS:
                 self._told.add(rank)
-                found.append(self._last[rank])
+                found.append(Straggler(rank, beat.host, beat.step, seconds, others))
         return found
 
 

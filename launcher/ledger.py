@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launcher.heartbeats import Straggler
 from launcher.recovery import Past
 
 
@@ -60,6 +61,8 @@ class AttemptRecord:
     """Commit, with a + where the tree was changed."""
     excluded: tuple[str, ...] = ()
     """Nodes that the run has to do without from here on."""
+    slow: tuple[Straggler, ...] = ()
+    """Ranks that held the others up (launcher.heartbeats): rank, host, step, and seconds of own work in a step."""
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

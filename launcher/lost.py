@@ -91,4 +91,5 @@ def _record(run: runs.Run, number: int, folder: Path, outcome: Outcome) -> dict[
         "saved_out": durations.last_saved(until_now),
         "seconds": durations.of_attempt(number, started, ended, metrics, events),
         "excluded": [],
+        "slow": state.get("slow", []) if (state := run.state()).get("attempt") == number else [],
     }

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher import timeline
+from launcher import heartbeats, timeline
 from launcher.timeline import KINDS, Kind, Logged, Steps, Stretch, number
 
 CAUSE_OF_STATE = {
@@ -63,6 +63,8 @@ class Attempt:
     state: str
     cause: str | None
     evidence: tuple[str, ...]
+    slow: tuple[str, ...]
+    """Ranks that held the others up: a sentence each."""
     action: str | None
     restarts: int | None
     job_id: str | None
@@ -210,6 +212,7 @@ def _attempt(
         state=word,
         cause=str(cause) if cause else None,
         evidence=tuple(map(str, said)) if isinstance(said, list | tuple) else (str(said),),
+        slow=heartbeats.sentences(record.get("slow")),
         action=_text(record.get("action")),
         restarts=_whole(record.get("restarts")),
         job_id=_text(record.get("job_id")),

@@ -157,7 +157,7 @@ def _table(attempts: tuple[Attempt, ...]) -> str:
         without = f"<small>without {escape(', '.join(each.excluded))}</small>" if each.excluded else ""
         nodes = f"<small>{escape(_few(each.nodes))}</small>" if each.nodes else ""
         ranks = f"{each.world_size:,}" if each.world_size is not None else "?"
-        evidence = "<br>".join(escape(line) for line in each.evidence[:3])
+        evidence = "<br>".join(escape(line) for line in (*each.evidence[:3], *each.slow))
         rows.append(
             f'<tr><td>{each.number}</td><td><b class="{kind}">{escape(cause)}</b>{then}</td><td>{took}</td>'
             f"<td>{steps}</td><td>{lost}</td><td>{escape(each.job_id or '')}</td>"

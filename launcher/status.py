@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import runs, slurm
+from launcher import heartbeats, runs, slurm
 from launcher.outcome import RankError, first_error
 
 ENDS = frozenset({"done", "failed", "cancelled", "timeout", "preempted", "requeued", "node_failure", "lost"})
@@ -37,6 +37,8 @@ class RunStatus:
     loss: float | None
     tokens_per_second: float | None
     directory: str
+    slow: tuple[str, ...] = ()
+    """Ranks that hold the others up, or did in the last attempt: a sentence each."""
 
     @property
     def is_over(self) -> bool:
@@ -64,6 +66,7 @@ def status_of(run: runs.Run) -> RunStatus:
         loss=metrics.get("loss"),
         tokens_per_second=metrics.get("tokens_per_second"),
         directory=str(run.path),
+        slow=heartbeats.sentences(run.state().get("slow")),
     )
 
 

@@ -26,7 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from launcher import rendezvous
+from launcher import rendezvous, witness
 from launcher.outcome import STOPPED_EXIT
 
 ENDPOINT_FILE = "rendezvous/endpoint.json"
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.mode == "worker":
         _redirect(options.attempt_dir / f"rank-{os.environ['RANK']}.log")
     rank = rendezvous.rank_from_environment(os.environ)
-    _dump_stacks_on_signal(options.attempt_dir / f"stacks-{rank.rank}.txt")
+    witness.dump_stacks_on_signal(options.attempt_dir / f"stacks-{rank.rank}.txt")
+    witness.dump_collectives_on_signal(witness.collectives_file(options.attempt_dir, rank.rank))
     os.environ.update(rank.environment())
     try:
         store = _meet(options, rank) if options.mode == "rank" else None
@@ -112,7 +113,7 @@ def _listen(address: str) -> tuple[Any, int]:
 def _run_agent(options: argparse.Namespace, recipe: list[str]) -> None:
     """One torchrun agent for this node, with the node's Slurm number as its rank, so that ranks follow nodes."""
     agent = rendezvous.rank_from_environment(os.environ)
-    _dump_stacks_on_signal(options.attempt_dir / f"stacks-agent-{agent.rank}.txt")
+    witness.dump_stacks_on_signal(options.attempt_dir / f"stacks-agent-{agent.rank}.txt")
     # Ended by a warning that is meant for the ranks, the agent would leave its workers behind.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     path = options.attempt_dir / ENDPOINT_FILE
@@ -151,11 +152,6 @@ def _agent_arguments(
         "--",
         *recipe,
     ]
-
-
-def _dump_stacks_on_signal(path: Path) -> None:
-    """On SIGUSR2 every thread's stack goes into `path`: what the controller looks at when nothing moves."""
-    faulthandler.register(signal.SIGUSR2, file=path.open("a"), all_threads=True)
 
 
 def _become(recipe: list[str]) -> None:

@@ -173,7 +173,9 @@ def _attempts(report: Report) -> Table:
 
 
 def _show_evidence(report: Report, console: Console) -> None:
-    """Below the table, where a line has room; a run that is done needs none."""
+    """Below the table, where a line has room; an attempt that is done needs none, but may have had a slow rank."""
     for each in report.attempts:
         for line in each.evidence[:3] if each.cause != "done" else ():
+            console.print(f"attempt {each.number}: {line}", highlight=False, markup=False, soft_wrap=True)
+        for line in each.slow:
             console.print(f"attempt {each.number}: {line}", highlight=False, markup=False, soft_wrap=True)

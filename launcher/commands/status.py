@@ -7,9 +7,10 @@ import json
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from launcher import progress, runs, slurm
+from launcher import heartbeats, progress, runs, slurm
 from launcher import status as run_status
 from launcher.cluster_commands import use_cluster_of
 from launcher.paths import known_run_roots
@@ -55,6 +56,7 @@ def _ask(found: runs.Run) -> run_status.RunStatus:
             executor=spec.executor, attempts=len(found.attempt_dirs()), step=metrics.get("step"),
             steps=metrics.get("steps"), loss=metrics.get("loss"),
             tokens_per_second=metrics.get("tokens_per_second"), directory=str(found.path),
+            slow=heartbeats.sentences(record.get("slow")),
         )  # fmt: skip
 
 
@@ -82,6 +84,8 @@ def _show_one(found: runs.Run, current: run_status.RunStatus, console: Console) 
     metrics = runs.last_metrics(found)
     if metrics:
         table.add_row("progress", progress.describe(dict(metrics)))
+    for line in current.slow:
+        table.add_row("[yellow]slow[/]", escape(line))
     table.add_row("directory", current.directory)
     console.print(table, soft_wrap=True)
     if current.is_over and current.state != "done":

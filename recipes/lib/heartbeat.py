@@ -1,9 +1,11 @@
 """A sign of life per rank: ATTEMPT_DIR/heartbeat/rank-K, one line of JSON that is overwritten in place.
 
-    {"step": 12, "time": 1764000000.1, "phase": "step", "host": "n1", "pid": 4242}
+    {"step": 12, "time": 1764000000.1, "phase": "step", "host": "n1", "pid": 4242, "own": 0.31}
 
-`phase` is start (until the first step), step, save or done. Whoever watches sees from the age of the line that a
-rank stands still, from its step that it lags, and from its phase that it may take longer. Standard library only.
+`phase` is start (until the first step), step, save or done. `own` is what own_time.py measures: seconds of a step in
+which this rank worked without waiting for others; it is missing until that is known. Whoever watches sees from the age
+of the line that a rank stands still, from its step that it lags, from its phase that it may take longer, and from
+`own` which one the others wait for. Standard library only.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class Heartbeat:
     def __init__(self, attempt_folder: Path | None, rank: int) -> None:
         self._descriptor: int | None = None
         self._phase, self._written = "", 0.0
-        self._host = socket.gethostname()[:64]
+        # Slurm's name of the node is the one to exclude or to drain; a hostname may be longer, or shared.
+        self._host = os.environ.get("SLURMD_NODENAME", socket.gethostname())[:64]
         if attempt_folder is None:
             return
         folder = attempt_folder / FOLDER
@@ -40,7 +43,7 @@ class Heartbeat:
         except OSError as error:
             self._give_up(error)
 
-    def beat(self, step: int, phase: str) -> None:
+    def beat(self, step: int, phase: str, own: float | None = None) -> None:
         """Note where this rank is; at once where the phase is new, else at most every SHORTEST_INTERVAL."""
         now = time.time()
         if self._descriptor is None or (
@@ -48,7 +51,15 @@ class Heartbeat:
         ):
             return
         self._phase, self._written = phase, now
-        line = {"step": step, "time": now, "phase": phase, "host": self._host, "pid": os.getpid()}
+        line: dict[str, object] = {
+            "step": step,
+            "time": now,
+            "phase": phase,
+            "host": self._host,
+            "pid": os.getpid(),
+        }
+        if own is not None:
+            line["own"] = round(own, 6)
         try:
             os.pwrite(self._descriptor, json.dumps(line).ljust(LINE_BYTES - 1).encode() + b"\n", 0)
         except OSError as error:

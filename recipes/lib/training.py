@@ -42,6 +42,7 @@ from recipes.lib.metrics import Metrics
 from recipes.lib.model import IGNORE, Transformer, materialize
 from recipes.lib.model_sizes import SIZES, ModelSize
 from recipes.lib.optimizer import clip_gradients, learning_rate, set_learning_rate
+from recipes.lib.own_time import OwnTime
 from recipes.lib.parallelism import Precision, attention_backends, precision
 from recipes.lib.pretrained import check_init_from, load_pretrained
 from recipes.lib.saving import Saver, keep_tokenizer
@@ -180,12 +181,14 @@ def train(plan: Plan, technique: Technique) -> None:
         in_background=args.async_save,
         say=metrics.say,
     )
+    own = OwnTime(technique.model, world.device)
     reason = OF_THIS_PROCESS.agreed(world.rank, attempt_folder())
     with attention_backends(world.device), saver:
         metrics.start(progress.tokens)
         while progress.step < args.steps and reason is None:
             step = progress.step + 1
-            loss, grad_norm = optimizer_step(plan, technique, step)
+            loss, grad_norm = optimizer_step(plan, technique, step, own)
+            own.step_is_over()
             progress = dataclasses.replace(
                 progress,
                 step=step,
@@ -194,7 +197,7 @@ def train(plan: Plan, technique: Technique) -> None:
             )
             # ---- Step boundary: parameters, optimizer and progress belong to the same step on every rank.
             # ---- Agreeing on a request to stop, and saving, happen here and nowhere else.
-            heartbeat.beat(step, "step")
+            heartbeat.beat(step, "step", own.median)
             if step < args.steps:  # a run that has nothing left to do is done, not stopped
                 reason = OF_THIS_PROCESS.agreed(world.rank, attempt_folder())
             saved = is_saved(step, args) or (reason is not None and args.save_every >= 0)
@@ -232,15 +235,20 @@ def is_saved(step: int, args: TrainArgs) -> bool:
     return step == args.steps or (args.save_every > 0 and step % args.save_every == 0)
 
 
-def optimizer_step(plan: Plan, technique: Technique, step: int) -> tuple[Tensor, Tensor]:
-    """Optimizer step `step` (from 1): mean loss and gradient norm of the global batch, on every rank."""
+def optimizer_step(plan: Plan, technique: Technique, step: int, own: OwnTime) -> tuple[Tensor, Tensor]:
+    """Optimizer step `step` (from 1): mean loss and gradient norm of the global batch, on every rank.
+
+    `own` measures what this rank does without waiting for the others.
+    """
     args = plan.args
-    batches = microbatches(plan, step)
+    with own.input():
+        batches = microbatches(plan, step)
     token_count = sum_over_ranks(torch.stack([(targets != IGNORE).sum() for _, targets in batches]).sum())
     loss_sum = technique.accumulate_gradients(batches, token_count)
     grad_norm = clip_gradients(technique.model, args.clip_norm)
     set_learning_rate(technique.optimizer, learning_rate(step, args))
-    technique.optimizer.step()
+    with own.update():
+        technique.optimizer.step()
     technique.optimizer.zero_grad()
     return sum_over_ranks(loss_sum) / token_count, grad_norm
 

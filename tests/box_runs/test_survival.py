@@ -83,7 +83,10 @@ def test_a_rank_that_hangs_is_named_with_what_the_others_wait_in(launcher: Launc
     first, _ = check_continued(run, 30, "hang", "done")
     assert (first["rank"], first["action"]) == (1, "restarted")
     assert "stands in stuck_in_a_loader (steps.py:" in first["reason"]
-    assert "while the others wait in barrier" in first["reason"]
+    assert (
+        "while the others wait in barrier: gloo barrier, call 12 of group 0 (default_pg)" in first["reason"]
+    )
+    assert any(line.endswith("; made call 11 last") for line in first["evidence"])
     assert (run.path / "attempt-01" / "stacks-0.txt").read_text().count("most recent call first")
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import faulthandler
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from launcher.hangs import HangWatch, Place, judge, parse_stacks
-from launcher.heartbeats import Heartbeat, Monitor, Stalled, parse
+from launcher.heartbeats import STRAGGLER_BEATS, Heartbeat, Monitor, Stalled, Straggler, parse, sentences
 from launcher.spec import UserError
+from launcher.traces import Call, Held
 
 
 def beat(rank: int, step: int, now: float, phase: str = "step", own: float | None = None) -> Heartbeat:
@@ -70,17 +72,44 @@ def test_a_rank_that_repeats_its_heartbeat_does_not_move_whatever_its_clock_says
     assert monitor.stalled(end + 31.0) is not None
 
 
-def test_a_slow_rank_is_named_once() -> None:
-    monitor = Monitor()
-    monitor.take([beat(rank, 3, 1.0, own=1.0 if rank == 2 else 0.1) for rank in range(4)], 1.0)
-    assert [found.rank for found in monitor.stragglers()] == [2]
-    assert monitor.stragglers() == []
+def named(monitor: Monitor, beats: int, own: Callable[[int, int], float], ranks: int = 4) -> list[Straggler]:
+    """Who is called slow in so many beats, `own` being a rank's own seconds at a step."""
+    found = []
+    for step in range(1, beats + 1):
+        monitor.take([beat(rank, step, 1.0, own=own(rank, step)) for rank in range(ranks)], 1.0)
+        found += monitor.stragglers()
+        found += monitor.stragglers()  # a second look at the same beats is no second beat
+    return found
+
+
+def test_a_slow_rank_is_named_once_with_its_time_and_the_others() -> None:
+    found = named(Monitor(), 3 * STRAGGLER_BEATS, lambda rank, step: 1.0 if rank == 2 else 0.1)
+    assert found == [Straggler(2, "n2", STRAGGLER_BEATS, 1.0, 0.1)]
+    assert str(found[0]) == (
+        "rank 2 on n2 is slow: 1 s of its own work in a step, the others 0.1 s (10 times); seen at step 5"
+    )
+
+
+def test_a_rank_that_is_slow_now_and_then_is_not_named() -> None:
+    assert named(Monitor(), 40, lambda rank, step: 1.0 if rank == 2 and step % STRAGGLER_BEATS else 0.1) == []
+
+
+def test_what_another_version_wrote_of_a_slow_rank_is_left_out() -> None:
+    record = {"rank": 2, "host": "n2", "step": 5, "own": 1.0, "others": 0.1}
+    assert sentences([record, {**record, "why": "?"}, "rank 2"]) == (str(Straggler(**record)),)
+    assert sentences(None) == ()
 
 
 def test_equal_ranks_are_not_slow() -> None:
-    monitor = Monitor()
-    monitor.take([beat(rank, 3, 1.0, own=0.1 + 0.05 * rank) for rank in range(4)], 1.0)
-    assert monitor.stragglers() == []
+    assert named(Monitor(), 40, lambda rank, step: 0.1 + 0.05 * rank) == []
+
+
+def test_of_steps_of_milliseconds_a_factor_says_nothing() -> None:
+    assert named(Monitor(), 40, lambda rank, step: 0.09 if rank == 2 else 0.001) == []
+
+
+def test_one_rank_alone_is_not_slow() -> None:
+    assert named(Monitor(), 40, lambda rank, step: 1.0, ranks=1) == []
 
 
 def test_a_heartbeat_that_is_being_written_is_no_heartbeat() -> None:
@@ -124,6 +153,20 @@ def test_the_rank_outside_of_the_collective_is_named_with_its_line_and_the_colle
         "rank 1 on n1: batch (dataset.py:44)",
         "rank 0 on n0: barrier, called from train (training.py:80)",
         "rank 2 on n2: barrier, called from train (training.py:80)",
+    )
+
+
+def test_the_flight_recorder_names_the_call_and_the_rank_that_did_not_make_it() -> None:
+    """Rank 2 stands in a collective too, but in another one: by the stacks alone rank 1 would be named, or nobody."""
+    stalled = Stalled(40.0, tuple(beat(rank, 7, 1.0) for rank in range(3)))
+    call = Call("nccl", "0", 13, "all_reduce", "[3, 4] Float", 20, is_over=False)
+    held = Held(call, "default_pg", (0, 1), {2: "made call 12 last"})
+    hang = judge(stalled, {rank: place(IN_BARRIER) for rank in range(3)}, held)
+    assert hang.rank == 2
+    assert hang.lines[:2] == (
+        "nothing moved for 40 s after step 7: rank 2 on n2 stands in train (training.py:80) while the others wait in "
+        "barrier: nccl all_reduce of [3, 4] Float, call 13 of group 0 (default_pg)",
+        "rank 2 on n2: barrier, called from train (training.py:80); made call 12 last",
     )
 
 

@@ -39,6 +39,7 @@ from recipes.lib.dataset import Dataset
 from recipes.lib.distributed import World, joined
 from recipes.lib.model import IGNORE
 from recipes.lib.model_sizes import ModelSize
+from recipes.lib.own_time import OwnTime
 from recipes.lib.parallelism import precision
 from recipes.lib.shards import TokenShards, write_shards
 from recipes.lib.training import Plan, Technique, optimizer_step
@@ -208,8 +209,9 @@ def _run(case: Case, folder: Path, world: World) -> Outcome:
         (saved,) = manifest.folders(folder / case.load)
         progress = checkpoint.load(saved, trained, world)
         drawn = torch.rand(3).tolist()
+    own = OwnTime(technique.model, world.device)
     for step in range(progress.step + 1, STEPS + 1):
-        loss, grad_norm = optimizer_step(plan, technique, step)
+        loss, grad_norm = optimizer_step(plan, technique, step, own)
         results.append((loss.item(), grad_norm.item()))
         if case.save and step == (SAVED_AGAIN_AT if case.load else SAVED_AT):
             saving.save(plan.run_directory, trained, Progress(step=step), world)

@@ -30,6 +30,16 @@ def test_a_line_says_who_where_and_when(tmp_path: Path, monkeypatch: pytest.Monk
     assert line == {"step": 12, "time": 1000.5, "phase": "step", "pid": os.getpid()}
 
 
+def test_a_line_says_slurms_name_of_the_node_and_the_ranks_own_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hostname may differ from what Slurm calls the node, and that name is the one to drain."""
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu-017")
+    Heartbeat(tmp_path, 3).beat(12, "step", 0.12345678)
+    line = line_of(tmp_path, 3)
+    assert (line["host"], line["own"]) == ("gpu-017", 0.123457)
+
+
 def test_a_new_phase_is_written_at_once_and_a_step_at_most_twice_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from recipes.ch3.ddp import Replicated
 from recipes.lib.distributed import World, joined
+from recipes.lib.own_time import OwnTime
 from recipes.lib.training import optimizer_step
 from tests.recipes.parity import STEPS, Case, Outcome, build, launch, make_data, plan_for, run_cases
 
@@ -221,7 +222,7 @@ def test_ddp_sends_gradients_once_a_step(tmp_path: Path, one_rank: World) -> Non
         return done
 
     technique.model.register_comm_hook(None, count)
-    optimizer_step(plan, technique, 1)
+    optimizer_step(plan, technique, 1, OwnTime(technique.model, plan.world.device))
     assert sent
     assert len(sent) == len(set(sent))
 
@@ -242,6 +243,6 @@ def test_hybrid_shard_sums_over_copies_once_a_step(
         return send(tensor, *args, **options)
 
     monkeypatch.setattr(dist, "all_reduce", count)
-    optimizer_step(plan, technique, 1)
+    optimizer_step(plan, technique, 1, OwnTime(technique.model, plan.world.device))
     # The root holds nothing of its own, and the head shares the last norm's group.
     assert len(summed) == len(sharded) - 2
