@@ -89,13 +89,26 @@ def of_box(conf: Path, packages_root: Path) -> list[psutil.Process]:
 
 
 def _belongs(process: psutil.Process, conf: Path, packages_root: Path) -> bool:
-    environment = process.environ()
-    if environment.get(JOB_MARKER) == str(conf):
+    environment = _environment(process)
+    if f"{JOB_MARKER}={conf}" in environment:
         return True
-    if environment.get("SLURM_CONF") != str(conf):
+    if f"SLURM_CONF={conf}" not in environment:
         return False
     # The commands' wrappers start them through the dynamic linker: the program is then an argument.
     return any(Path(word).is_relative_to(packages_root) for word in (process.exe(), *process.cmdline()))
+
+
+def _environment(process: psutil.Process) -> list[str]:
+    """The process's NAME=value words. psutil's own stop at the first gap, and slurmstepd leaves one at the beginning:
+    its title ("slurmstepd: [1.batch]") is written over them.
+    """
+    try:
+        found = Path(f"/proc/{process.pid}/environ").read_bytes()
+    except PermissionError:
+        raise psutil.AccessDenied(process.pid) from None
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(process.pid) from None
+    return [os.fsdecode(word) for word in found.split(b"\0") if word]
 
 
 def _is_alive(process: psutil.Process) -> bool:

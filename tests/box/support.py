@@ -29,13 +29,17 @@ def in_box(box: boxes.Box, *command: str, **variables: str) -> str:
 
 
 def marked(marker: str) -> list[str]:
-    """Command lines of all live processes that have `marker` in command line or environment."""
+    """Command lines of all live processes that have `marker` in command line or environment.
+
+    The environment is read as the kernel has it: psutil's ends at the gap that slurmstepd's title leaves in it.
+    """
     lines = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             own = process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE
             words = process.cmdline()
-            if not own and marker in "\n".join([*words, *process.environ().values()]):
+            environment = Path(f"/proc/{process.pid}/environ").read_bytes().replace(b"\0", b"\n")
+            if not own and marker in "\n".join([*words, os.fsdecode(environment)]):
                 lines.append(" ".join(words))
     return lines
 
