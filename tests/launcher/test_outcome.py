@@ -45,8 +45,8 @@ CASES = {
         "out_of_memory", "failed",
     ),
     "srun's Out Of Memory": (ended(signal="Out Of Memory"), "out_of_memory", "failed"),
-    "killed by nobody knows whom": (ended(signal="Killed"), "unknown", "failed"),
-    "137 without a word": (ended(137), "unknown", "failed"),
+    "killed by nobody knows whom": (ended(signal="Killed"), "killed", "failed"),
+    "137 without a word": (ended(137), "killed", "failed"),
     "Xid in a log": (ended(signal="Killed", log_lines=("step 3", XID)), "hardware", "failed"),
     "NCCL system error": (
         ended(errors=(error(0, 1, "DistBackendError", "NCCL error: ncclSystemError: System call failed"),)),
@@ -102,7 +102,35 @@ def test_a_rank_killed_by_a_signal_is_the_cause_of_the_others_exceptions() -> No
         errors=(error(0, 10.0, "RuntimeError", "Connection reset by peer"),),
     )
     found = classify(ending)
-    assert (found.cause, found.reason, found.rank, found.node) == ("unknown", "rank 2 on n2: Killed", 2, "n2")
+    assert (found.cause, found.reason, found.rank, found.node) == (
+        "killed",
+        "rank 2 on n2: Killed (SIGKILL)",
+        2,
+        "n2",
+    )
+
+
+def test_a_rank_killed_under_torchrun_is_named_by_its_agent() -> None:
+    """The other rank's echo comes first, and the agent's own record speaks of its node's number."""
+    summary = (
+        "\n=====\nlauncher.task FAILED\n-----\nFailures:\n  <NO_OTHER_FAILURES>\n-----\n"
+        "Root Cause (first observed failure):\n[0]:\n  time      : 2026-11-21_10:00:00\n  host      : n2\n"
+        "  rank      : 3 (local_rank: 1)\n  exitcode  : -9 (pid: 4711)\n  error_file: <N/A>\n"
+        "  traceback : Signal 9 (SIGKILL) received by PID 4711\n=====\n"
+    )
+    ending = ended(
+        errors=(
+            error(0, 10.0, "RuntimeError", "Connection reset by peer"),
+            RankError(11.0, 1, "n2", "ChildFailedError", summary, "Traceback …"),
+        )
+    )
+    found = classify(ending)
+    assert (found.cause, found.reason, found.rank, found.node) == (
+        "killed",
+        "rank 3 on n2: Killed (SIGKILL)",
+        3,
+        "n2",
+    )
 
 
 def test_ranks_that_srun_terminated_are_not_the_cause() -> None:
