@@ -60,9 +60,12 @@ def _what_happened(about: dict[str, Any], allocation: Allocation) -> Outcome:
             say(f"the state of the nodes is not known: {error}")
             down = ()
         if down:
-            return Outcome(
-                "node_failure", f"node {', '.join(down)} failed, with the controller on it", node=down[0]
+            how = (
+                "with the controller on it"
+                if nodes[0] in down
+                else "and the controller ended before it could say so"
             )
+            return Outcome("node_failure", f"node {', '.join(down)} failed, {how}", node=down[0])
     return Outcome("controller_lost", "the controller ended without a word: it was killed, or its node died")
 
 

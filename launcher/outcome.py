@@ -153,18 +153,23 @@ _ECHO = re.compile(
     r"failed to recv|store is not|DistNetworkError|DistStoreError"
 )
 _KILLED_UNDER_TORCHRUN = re.compile(
-    r"Root Cause.*?rank\s*: (?P<rank>\d+) .*?exitcode\s*: -9 \(pid", re.DOTALL
+    r"Root Cause[^\n]*\n\[\d+\]:\n  time[^\n]*\n  host[^\n]*\n  rank +: (?P<rank>\d+)[^\n]*\n  exitcode +: -9 \(pid"
 )
-"""torchrun's agent outlives a worker that was killed, and its summary (ChildFailedError) names it."""
+"""torchrun's agent outlives a worker that was killed. Its summary (ChildFailedError, in its log) names it; others that
+the agent itself had to kill afterwards stand above as "Other Failures"."""
 _CRASHES = frozenset({"Segmentation fault", "Aborted", "Illegal instruction", "Floating point exception"})
 """Ends by a signal that the program brought on itself; a kill from outside is none of them."""
 
 
 def classify(ending: Ending) -> Outcome:
     """The cause, the one-line reason and the evidence of an attempt's end."""
-    if ending.exit_code == 0:
+    # srun gives 0 for a step that lost a node, when the ranks elsewhere ended well before Slurm noticed. A run that was
+    # done all the same finds nothing left to do.
+    if ending.exit_code == 0 and ending.slurm_cause != "NODE_FAIL":
         return Outcome("done", "all ranks finished")
-    if ending.hang:
+    if (
+        ending.hang and ending.slurm_cause != "NODE_FAIL"
+    ):  # the others had waited for the ranks of a dead node
         return Outcome("hang", ending.hang[0], ending.hung_rank, evidence=_short(ending.hang[1:]))
     if ending.slurm_cause:
         return _with_evidence(_BY_SLURM[ending.slurm_cause], ending)
@@ -241,13 +246,15 @@ def _first_failure(ending: Ending) -> tuple[int | None, str, str]:
 def _killed(ending: Ending) -> TaskExit | None:
     """The first task that a signal ended, other than the one that srun ends the rest with."""
     by_signal = (task for task in ending.task_exits if task.signal and task.signal != "Terminated")
-    return next(by_signal, None) or next(filter(None, map(_killed_worker, ending.errors)), None)
+    return next(by_signal, None) or _killed_worker(ending)
 
 
-def _killed_worker(error: RankError) -> TaskExit | None:
-    """The rank that was killed under a torchrun agent, from what the agent recorded."""
-    match = _KILLED_UNDER_TORCHRUN.search(error.message)
-    return TaskExit(error.node, (int(match["rank"]),), None, "Killed") if match else None
+def _killed_worker(ending: Ending) -> TaskExit | None:
+    """The rank that was killed under a torchrun agent, which ends with 1 itself, the first of all agents."""
+    match = _KILLED_UNDER_TORCHRUN.search("\n".join(ending.log_lines))
+    if match is None or not ending.task_exits:
+        return None
+    return TaskExit(ending.task_exits[0].node, (int(match["rank"]),), None, "Killed")
 
 
 def _cause_of_signal(task: TaskExit) -> Cause:
