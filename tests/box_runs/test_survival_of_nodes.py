@@ -18,6 +18,8 @@ def nodes_of(run: runs.Run, attempt: int = 1) -> list[str]:
 
 def back_in_the_queue(launcher: Launcher, run: runs.Run) -> None:
     wait_until(lambda: job(launcher, run)["Restarts"] == "1", "the requeue", 90)
+    # The surviving node's daemon tries for up to two minutes to tell the dead one that the step is over.
+    wait_until(lambda: job(launcher, run)["JobState"] != "COMPLETING", "the end of the first start", 180)
     start_now(launcher, run)
 
 

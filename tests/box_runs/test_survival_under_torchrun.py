@@ -18,7 +18,9 @@ def test_a_preempted_training_run_saves_and_goes_on(own_box: tuple[Launcher, box
         "sbatch", "--partition=high", "--exclusive", "--nodes=3", "--output=/dev/null", "--wrap=sleep 1"
     )
     first = ended(run)
-    assert (first["cause"], first["action"], first["exit_code"]) == ("preemption", "requeued", 75)
+    assert (first["cause"], first["action"]) == ("preemption", "requeued")
+    # 143 where srun ended the slowest agent, whose rank had saved, once the others were gone.
+    assert first["exit_code"] in (75, 143)
     # save_every=0: what there is was saved because the ranks were asked to.
     assert 12 <= first["saved_out"] == first["step_out"] < 150
     start_now(launcher, run)
