@@ -97,7 +97,7 @@ def test_the_kill_of_one_rank(
     with frozen(started, moment(started)) as ranks:
         saved = started.saved()
         os.kill(ranks[1], signal.SIGKILL)
-    first, second = check(started, undisturbed, ["unknown", "done"])
+    first, second = check(started, undisturbed, ["killed", "done"])
     assert (first["rank"], first["action"]) == (1, "restarted")
     assert first["saved_out"] == second["saved_in"] == saved, "a save that no rank finished counts"
     assert second["job_id"] == first["job_id"]
@@ -181,7 +181,7 @@ def test_a_full_disk_at_save(launcher: Launcher, folder: Path, undisturbed: Loss
         saved = started.saved()
         (small_disk / "filler").unlink()
         os.kill(ranks[1], signal.SIGKILL)
-    first, second = check(started, undisturbed, ["unknown", "done"])
+    first, second = check(started, undisturbed, ["killed", "done"])
     assert "No space left on device" in failed["reason"]
     assert failed["step"] > saved == first["saved_out"] == second["saved_in"]
 

@@ -34,7 +34,9 @@ def test_without_a_spare_the_job_goes_on_elsewhere_when_a_node_dies(
     back_in_the_queue(launcher, run)
     first, second = check_continued(run, 150, "node_failure", "done")
     assert first["action"] == "requeued"
-    assert first["reason"] == "a node of the job failed", "the controller has to say it, before Slurm ends it too"
+    assert first["reason"] == "a node of the job failed", (
+        "the controller has to say it, before Slurm ends it too"
+    )
     assert first["nodes"] == first_nodes
     assert first_nodes[1] not in second["nodes"]
     assert second["job_id"] == first["job_id"] == run.jobs()[-1]["job_id"]
