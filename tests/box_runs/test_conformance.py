@@ -138,7 +138,9 @@ def test_a_damaged_checkpoint(launcher: Launcher, folder: Path, undisturbed: Los
     hurt(checkpoints[-1], damage)
     started.goes_on()
     before = int(checkpoints[-2].name.removeprefix("step-"))
-    check(started, undisturbed, ["requeued", "done"], starts=[before])
+    _, second = check(started, undisturbed, ["requeued", "done"], starts=[before])
+    assert any(line.startswith(f"{checkpoints[-1].name} was passed over: ") for line in second["evidence"])
+    assert f"attempt 2 passed over {checkpoints[-1].name}: " in launcher("report", started.run.id).stdout
     said = (started.run.path / "attempt-02" / "rank-0.log").read_text()
     assert f"warning: {checkpoints[-1].name}" in said, said
 
