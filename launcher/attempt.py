@@ -236,9 +236,9 @@ class _Attempt:
     def _is_too_late(self, now: float) -> bool:
         """Whether the tasks had their time; True when there is nothing left to wait for."""
         deadline = self.stop.deadline if self.stop is not None else None
+        if deadline is not None and now > deadline and self.slurm_cause():
+            return True  # Slurm kills them itself, a moment later than we would, and then us
         if deadline is not None and now > deadline and self.killed_at is None:
-            if self.slurm_cause():
-                return True  # Slurm kills them itself, a moment later than we would
             say("the ranks did not stop in time; they are killed")
             self._kill()
         return self.killed_at is not None and now > self.killed_at + max(self.here.kill_wait, 15.0)

@@ -84,7 +84,7 @@ def _prepare_from_job_file(
     from launcher.config import compose
 
     allocation = slurm_allocation(environment)
-    asked = compose(_last_of_each(words))
+    asked = compose(last_of_each(words))
     spec = fit(asked, allocation)
     _refuse_sizes(words, asked, spec)
     root = run_root(spec.run_root)
@@ -98,7 +98,7 @@ def _prepare_from_job_file(
     return run, spec, allocation
 
 
-def _last_of_each(words: list[str]) -> list[str]:
+def last_of_each(words: list[str]) -> list[str]:
     """recipe= and cluster= stand first in the job file; the user's own cluster= after them replaces the file's.
 
     Another recipe is refused: the headers above it were made for this one.
@@ -173,7 +173,6 @@ def _one_attempt(here: Here, bad: tuple[str, ...]) -> Decision:
     nodes = _working_nodes(here, bad)
     number, attempt_dir = run.new_attempt_dir()
     started, step_in = time.time(), runs.last_metrics(run).get("step")
-    saved_in = durations.last_saved(durations.announcements(run))
     lost.note_start(attempt_dir, here.allocation.job_id, nodes, started)
     say(f"run {run.id} attempt {number}: {spec.recipe} on {', '.join(nodes)}; directory {run.path}")
     here.write_state("starting", "preflight", attempt=number)
@@ -190,13 +189,15 @@ def _one_attempt(here: Here, bad: tuple[str, ...]) -> Decision:
         and number == _first_attempt_of(run, here.allocation)
     ):
         seconds["queue"] = job.queue_seconds
-    outcome, saved_out = ended.outcome, durations.last_saved(events)
+    outcome = ended.outcome
+    evidence = tuple(dict.fromkeys((*outcome.evidence, *durations.troubles(number, events))))
     record = ledger.AttemptRecord(
         number, here.allocation.job_id, nodes, spec.world_size, outcome.state, outcome.reason, ended.exit_code,
         started, ended.tasks_started, now, outcome.rank, step_in, _last_step(metrics), spec.launch, seconds,
         {"torch": codeversion.version_of("torch") or "", "submitit": codeversion.version_of("submitit") or ""},
-        cause=outcome.cause, evidence=outcome.evidence, restarts=here.allocation.restart_count,
-        made_steps="train" in seconds, saved_in=saved_in, saved_out=saved_out, code=codeversion.recorded(run.path),
+        cause=outcome.cause, evidence=evidence, restarts=here.allocation.restart_count,
+        made_steps="train" in seconds, saved_in=durations.saved_before(number, events),
+        saved_out=durations.last_saved(events), code=codeversion.recorded(run.path),
         excluded=bad, slow=ended.slow,
     )  # fmt: skip
     job = _now(here)
@@ -210,7 +211,7 @@ def _one_attempt(here: Here, bad: tuple[str, ...]) -> Decision:
         dataclasses.replace(record, action=decision.action, decision=decision.reason, excluded=excluded),
     )
     say(f"{outcome.cause}: {outcome.reason}")
-    for line in outcome.evidence:
+    for line in evidence:
         say(f"  {line}")
     say(f"{decision.action}: {decision.reason}")
     if decision.action == "restarted":
@@ -233,6 +234,18 @@ def _carry_out(
     until = min(end - KEPT_SECONDS, time.time() + LONGEST_RETRY_SECONDS)
     action: recovery.Action = decision.action
     why = decision.reason
+    if exclude:
+        try:
+            exclusion = ownjob.exclusion(job_id, exclude, until, say)
+        except slurm.SlurmError as error:
+            say(f"whether enough nodes remain without {', '.join(exclude)} is not known: {error}")
+        else:
+            if exclusion.dropped:
+                why = f"{why}; {exclusion.reason}"
+                say(exclusion.reason)
+                left = [node for node in exclude if node not in exclusion.dropped]
+                ledger.amend(run.attempts_file, number, excluded=left, decision=why)
+            exclude = exclusion.nodes
     if action == "requeued":
         try:
             ownjob.requeue(job_id, exclude, until, say)

@@ -17,13 +17,41 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def announcements(run: runs.Run) -> list[dict[str, Any]]:
-    """What rank 0 said of its saves: started, saved, failed, skipped."""
+    """What rank 0 said of its checkpoints: started, saved, failed, skipped; and passed_over, by a resume."""
     return ledger.read_lines(run.path / CHECKPOINTS_FILE)
 
 
 def last_saved(events: Lines) -> int | None:
-    """The highest step that was announced as saved; None before the first."""
-    return max((int(event["step"]) for event in events if event.get("event") == "saved"), default=None)
+    """The highest step that was announced as saved and that no resume has passed over since; None before the first."""
+    holds: set[int] = set()
+    for event in events:
+        if event.get("event") == "saved":
+            holds.add(int(event["step"]))
+        elif event.get("event") == "passed_over":
+            holds.discard(int(event["step"]))
+    return max(holds, default=None)
+
+
+def saved_before(number: int, events: Lines) -> int | None:
+    """The newest step that attempt `number` could go on from: saved before it, and found sound when it began."""
+    return last_saved(
+        [
+            event
+            for event in events
+            if int(event.get("attempt", 0)) < number
+            or (event.get("attempt") == number and event.get("event") == "passed_over")
+        ]
+    )
+
+
+def troubles(number: int, events: Lines) -> tuple[str, ...]:
+    """One line about each checkpoint that attempt `number` passed over when it began, or could not write."""
+    words = {"passed_over": "was passed over", "failed": "was not saved", "skipped": "was not saved"}
+    return tuple(
+        f"step-{int(event['step']):08d} {words[event['event']]}: {event.get('reason') or 'no reason given'}"
+        for event in events
+        if event.get("attempt") == number and event.get("event") in words
+    )
 
 
 def of_attempt(

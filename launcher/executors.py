@@ -11,7 +11,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import submitit
@@ -97,9 +97,30 @@ def _start_here(run: runs.Run, spec: JobSpec) -> str:
     executor = submitit.LocalExecutor(folder=run.submitit_folder)
     executor.update_parameters(timeout_min=spec.time_minutes + LOCAL_GRACE_MINUTES)
     controller = _controller_command(run)
-    job = executor.submit(_run_controller, controller, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    with _output_into(run.submitit_folder / "helper.log"):
+        job = executor.submit(_run_controller, controller, os.environ.get("CUDA_VISIBLE_DEVICES"))
     run.add_job(str(job.job_id), "local")
     return str(job.job_id)
+
+
+@contextlib.contextmanager
+def _output_into(log: Path) -> Iterator[None]:
+    """submitit's own process outlives this one and would keep its output open: `id=$(launcher submit …)` waited for
+    the run's end.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        for descriptor in (1, 2):
+            os.dup2(file, descriptor)
+        yield
+    finally:
+        for descriptor, original in zip((1, 2), kept, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)
+        os.close(file)
 
 
 def _run_in_this_terminal(run: runs.Run) -> str:

@@ -55,7 +55,7 @@ class AttemptRecord:
     """How often Slurm had started this job before."""
     made_steps: bool = False
     saved_in: int | None = None
-    """Newest step that was announced as saved when the attempt began, and at its end."""
+    """Newest step that held a sound checkpoint when the attempt began, and at its end."""
     saved_out: int | None = None
     code: str = ""
     """Commit, with a + where the tree was changed."""

@@ -33,11 +33,16 @@ def settle(run: runs.Run, allocation: Allocation) -> str:
         number = int(folder.name.partition("-")[2])
         if number in written:
             continue
-        outcome = _what_happened(runs.read_json(folder / START_FILE) or {}, allocation)
+        about = runs.read_json(folder / START_FILE) or {}
+        outcome = _what_happened(about, allocation)
         record = _record(run, number, folder, outcome)
         refusal = recovery.refusal(outcome, [*ledger.past(run.attempts_file), ledger.past_of(record)])
         record |= {
-            "action": "stopped" if refusal else "requeued",
+            "action": "stopped"
+            if refusal
+            else "requeued"
+            if about.get("job_id") == allocation.job_id
+            else "successor",
             "decision": refusal or "the next controller goes on",
         }
         ledger.append_line(run.attempts_file, record)
@@ -55,9 +60,12 @@ def _what_happened(about: dict[str, Any], allocation: Allocation) -> Outcome:
             say(f"the state of the nodes is not known: {error}")
             down = ()
         if down:
-            return Outcome(
-                "node_failure", f"node {', '.join(down)} failed, with the controller on it", node=down[0]
+            how = (
+                "with the controller on it"
+                if nodes[0] in down
+                else "and the controller ended before it could say so"
             )
+            return Outcome("node_failure", f"node {', '.join(down)} failed, {how}", node=down[0])
     return Outcome("controller_lost", "the controller ended without a word: it was killed, or its node died")
 
 
@@ -69,7 +77,6 @@ def _record(run: runs.Run, number: int, folder: Path, outcome: Outcome) -> dict[
     started = float(about.get("started", folder.stat().st_mtime))
     logs = [path.stat().st_mtime for path in folder.iterdir()]
     ended = max([started, *logs, *(float(line["time"]) for line in steps)])
-    earlier = [event for event in events if int(event.get("attempt", 0)) < number]
     until_now = [event for event in events if int(event.get("attempt", 0)) <= number]
     return {
         "attempt": number,
@@ -78,7 +85,7 @@ def _record(run: runs.Run, number: int, folder: Path, outcome: Outcome) -> dict[
         "state": outcome.state,
         "cause": outcome.cause,
         "reason": outcome.reason,
-        "evidence": [],
+        "evidence": list(durations.troubles(number, events)),
         "exit_code": None,
         "started": started,
         "tasks_started": None,
@@ -87,7 +94,7 @@ def _record(run: runs.Run, number: int, folder: Path, outcome: Outcome) -> dict[
         "step_in": before[-1].get("step") if before else None,
         "step_out": (steps or before)[-1].get("step") if steps or before else None,
         "made_steps": bool(steps),
-        "saved_in": durations.last_saved(earlier),
+        "saved_in": durations.saved_before(number, events),
         "saved_out": durations.last_saved(until_now),
         "seconds": durations.of_attempt(number, started, ended, metrics, events),
         "excluded": [],

@@ -16,7 +16,7 @@ from launcher.slurm import TaskExit
 
 Cause = Literal[
     "done", "user_error", "out_of_memory", "hang", "hardware", "node_failure", "preemption", "time_limit", "cancelled",
-    "storage", "requeued", "controller_lost", "unknown",
+    "storage", "requeued", "controller_lost", "killed", "unknown",
 ]  # fmt: skip
 State = Literal["done", "failed", "cancelled", "timeout", "preempted", "requeued", "node_failure", "lost"]
 StopReason = Literal["time_limit", "preemption", "cancel", "requeue"]
@@ -152,15 +152,24 @@ _ECHO = re.compile(
     r"Connection (reset|closed|refused)|Broken pipe|closed by peer|Socket closed|recvValue failed|"
     r"failed to recv|store is not|DistNetworkError|DistStoreError"
 )
+_KILLED_UNDER_TORCHRUN = re.compile(
+    r"Root Cause[^\n]*\n\[\d+\]:\n  time[^\n]*\n  host[^\n]*\n  rank +: (?P<rank>\d+)[^\n]*\n  exitcode +: -9 \(pid"
+)
+"""torchrun's agent outlives a worker that was killed. Its summary (ChildFailedError, in its log) names it; others that
+the agent itself had to kill afterwards stand above as "Other Failures"."""
 _CRASHES = frozenset({"Segmentation fault", "Aborted", "Illegal instruction", "Floating point exception"})
 """Ends by a signal that the program brought on itself; a kill from outside is none of them."""
 
 
 def classify(ending: Ending) -> Outcome:
     """The cause, the one-line reason and the evidence of an attempt's end."""
-    if ending.exit_code == 0:
+    # srun gives 0 for a step that lost a node, when the ranks elsewhere ended well before Slurm noticed. A run that was
+    # done all the same finds nothing left to do.
+    if ending.exit_code == 0 and ending.slurm_cause != "NODE_FAIL":
         return Outcome("done", "all ranks finished")
-    if ending.hang:
+    if (
+        ending.hang and ending.slurm_cause != "NODE_FAIL"
+    ):  # the others had waited for the ranks of a dead node
         return Outcome("hang", ending.hang[0], ending.hung_rank, evidence=_short(ending.hang[1:]))
     if ending.slurm_cause:
         return _with_evidence(_BY_SLURM[ending.slurm_cause], ending)
@@ -218,12 +227,18 @@ def _first_failure(ending: Ending) -> tuple[int | None, str, str]:
     """Rank, node and reason of the failure that came first."""
     killed, first = _killed(ending), first_error(ending.errors)
     if killed is not None:
-        return killed.tasks[0], killed.node, f"rank {killed.tasks[0]} on {killed.node}: {killed.signal}"
+        signal = "Killed (SIGKILL)" if killed.signal == "Killed" else killed.signal
+        return killed.tasks[0], killed.node, f"rank {killed.tasks[0]} on {killed.node}: {signal}"
     if first is not None:
         return first.rank, first.node, str(first)
     if ending.task_exits:
         task = ending.task_exits[0]
-        return task.tasks[0], task.node, f"rank {task.tasks[0]} on {task.node}: exit code {task.exit_code}"
+        signal = " (SIGKILL)" if task.exit_code == 128 + 9 else ""
+        return (
+            task.tasks[0],
+            task.node,
+            f"rank {task.tasks[0]} on {task.node}: exit code {task.exit_code}{signal}",
+        )
     said = next((line for line in reversed(ending.last_lines) if line.strip()), "no message")
     return None, "", f"the tasks ended with status {ending.exit_code}: {said.strip()}"
 
@@ -231,12 +246,22 @@ def _first_failure(ending: Ending) -> tuple[int | None, str, str]:
 def _killed(ending: Ending) -> TaskExit | None:
     """The first task that a signal ended, other than the one that srun ends the rest with."""
     by_signal = (task for task in ending.task_exits if task.signal and task.signal != "Terminated")
-    return next(by_signal, None)
+    return next(by_signal, None) or _killed_worker(ending)
+
+
+def _killed_worker(ending: Ending) -> TaskExit | None:
+    """The rank that was killed under a torchrun agent, which ends with 1 itself, the first of all agents."""
+    match = _KILLED_UNDER_TORCHRUN.search("\n".join(ending.log_lines))
+    if match is None or not ending.task_exits:
+        return None
+    return TaskExit(ending.task_exits[0].node, (int(match["rank"]),), None, "Killed")
 
 
 def _cause_of_signal(task: TaskExit) -> Cause:
     if "Out Of Memory" in task.signal:
         return "out_of_memory"
+    if task.signal == "Killed":
+        return "killed"  # by a person, a site's watchdog or a kernel that tells us nothing
     return "user_error" if task.signal.partition(" (")[0] in _CRASHES else "unknown"
 
 
@@ -254,6 +279,8 @@ def _cause_of_exit(task: TaskExit) -> Cause:
     code = task.exit_code or 0
     if code in (128 + 4, 128 + 6, 128 + 8, 128 + 11):
         return "user_error"
+    if code == 128 + 9:
+        return "killed"
     return "unknown" if code >= 128 or code == STOPPED_EXIT else "user_error"
 
 

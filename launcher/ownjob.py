@@ -44,6 +44,11 @@ class OwnJob:
     may_requeue: bool
     restarts: int
     nodes: tuple[str, ...]
+    partition: str = ""
+    node_count: int = 1
+    """Nodes that it needs, spares included."""
+    excluded: tuple[str, ...] = ()
+    """Nodes that it must not get."""
 
     @property
     def queue_seconds(self) -> float | None:
@@ -62,8 +67,15 @@ def parse_own_job(record: Mapping[str, str]) -> OwnJob:
         preempt_time=_time(record.get("PreemptTime", "")),
         may_requeue=record.get("Requeue") == "1",
         restarts=int(record.get("Restarts", "0")),
-        nodes=tuple(slurm.expand_hostlist(record.get("NodeList", ""))),
+        nodes=_names(record.get("NodeList", "")),
+        partition=record.get("Partition", ""),
+        node_count=int(record.get("NumNodes", "1").partition("-")[0]),
+        excluded=_names(record.get("ExcNodeList", "")),
     )
+
+
+def _names(hostlist: str) -> tuple[str, ...]:
+    return () if hostlist == "(null)" else tuple(slurm.expand_hostlist(hostlist))
 
 
 def _time(text: str) -> float | None:
@@ -176,6 +188,48 @@ def insist(command: Sequence[str], until: float, say: Callable[[str], None], **h
                 )
                 said = True
         time.sleep(RETRY_SECONDS)
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Nodes that the next job of a run must not get."""
+
+    nodes: tuple[str, ...]
+    """All of them: those that the user excluded, and the broken ones that the job can do without."""
+    dropped: tuple[str, ...] = ()
+    """Broken ones that it cannot do without."""
+    reason: str = ""
+    """Why they were dropped."""
+
+
+def exclusion(job_id: str, broken: Sequence[str], until: float, say: Callable[[str], None]) -> Exclusion:
+    """Which of the broken nodes the job may exclude without pending for ever. Raises SlurmError, as `insist` does."""
+    said = insist(["scontrol", "show", "job", "-o", job_id], until, say)
+    job = parse_own_job(slurm.parse_key_values(said))
+    nodes = insist(
+        ["sinfo", "--noheader", "--Node", "--format=%N", f"--partition={job.partition}"], until, say
+    )
+    return affordable(job, broken, tuple(dict.fromkeys(nodes.split())))
+
+
+def affordable(job: OwnJob, broken: Sequence[str], in_partition: Sequence[str]) -> Exclusion:
+    """Exclude the broken nodes, the newest first, as long as the partition keeps as many as the job needs. Pure.
+
+    Nodes that are down now count as kept: they may come back, and Slurm gives the job none of them before.
+    """
+    users = tuple(node for node in job.excluded if node not in broken)
+    free = [node for node in in_partition if node not in users]
+    most = max(0, len(free) - job.node_count)
+    here = [node for node in broken if node in free]
+    dropped = tuple(here[: max(0, len(here) - most)])
+    kept = tuple(node for node in broken if node not in dropped)
+    if not dropped:
+        return Exclusion((*users, *kept))
+    reason = (
+        f"{', '.join(dropped)} cannot be excluded: the job needs {job.node_count} nodes, and partition "
+        f"{job.partition} would have {len(free) - len(here)} left"
+    )
+    return Exclusion((*users, *kept), dropped, reason)
 
 
 def requeue(job_id: str, exclude: Sequence[str], until: float, say: Callable[[str], None]) -> None:

@@ -26,13 +26,14 @@ BUDGETS: Mapping[Cause, int | None] = {
     "node_failure": 5,
     "storage": 2,
     "controller_lost": 3,
+    "killed": 3,
     "unknown": 2,
 }
 """How often a run goes on after each cause without having saved anything new in between; None: always."""
 
 ATTEMPTS_WITHOUT_PROGRESS = 3
 _ALLOCATION_HOLDS: frozenset[Cause] = frozenset(
-    {"user_error", "out_of_memory", "hang", "hardware", "storage", "unknown"}
+    {"user_error", "out_of_memory", "hang", "hardware", "storage", "killed", "unknown"}
 )
 """Causes that leave the job and its nodes to us: the tasks can start again without a place in the queue."""
 

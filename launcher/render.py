@@ -49,7 +49,9 @@ def render(spec: JobSpec, submission: Submission | None = None, *, words: Sequen
         'export LAUNCHER_BATCH_STARTED="$EPOCHREALTIME"',
         _find_repository(spec, submission),
         _find_python(spec, submission),
-        _stay_alive_around(_controller_command(spec, submission, words)),
+        _stay_alive_around(
+            *(_command(module, spec, submission, words) for module in ("controller", "killed"))
+        ),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -160,16 +162,16 @@ fi
 export PYTHONPATH="$repository${{PYTHONPATH:+:$PYTHONPATH}}" """.rstrip()
 
 
-def _controller_command(spec: JobSpec, submission: Submission | None, words: Sequence[str]) -> str:
+def _command(module: str, spec: JobSpec, submission: Submission | None, words: Sequence[str]) -> str:
     """-P keeps the working folder off the module path: a folder `launcher/` of the reader's would be taken for ours."""
     if submission is not None:
-        return f'"$python" -P -m launcher.controller --run-dir={shlex.quote(str(submission.run_dir))}'
+        return f'"$python" -P -m launcher.{module} --run-dir={shlex.quote(str(submission.run_dir))}'
     fixed = [
         f"recipe={spec.recipe}",
         f"cluster={spec.cluster}",
         *(word for word in words if not _is_header(word)),
     ]
-    return f'"$python" -P -m launcher.controller {shlex.join(fixed)} "$@"'
+    return f'"$python" -P -m launcher.{module} {shlex.join(fixed)} "$@"'
 
 
 def _is_header(word: str) -> bool:
@@ -183,7 +185,7 @@ _HEADER_KEYS = frozenset(
 )
 
 
-def _stay_alive_around(command: str) -> str:
+def _stay_alive_around(command: str, when_killed: str) -> str:
     return f"""\
 # The controller runs in the background so that this shell can pass signals on; `wait` returns early when one arrives.
 {command} &
@@ -207,9 +209,10 @@ fi
 if [ "$status" -eq 137 ] && {{ [ "$SECONDS" -ge 60 ] || [ "${{SLURM_RESTART_COUNT:-0}}" -lt 3 ]; }}; then
   # Killed outright, by the kernel out of memory or by hand: it could not requeue the job, and the ranks go on alone.
   # The next controller counts how often that happens; a controller that dies young is not started for ever.
+  # A job that may not be requeued is followed by another one.
   echo "launcher: the controller was killed (status 137); requeueing job $SLURM_JOB_ID" >&2
   tries=0
-  until scontrol requeue "$SLURM_JOB_ID" || [ "$tries" -ge 30 ]; do
+  until scontrol requeue "$SLURM_JOB_ID" || {when_killed} || [ "$tries" -ge 30 ]; do
     tries=$((tries + 1))
     sleep 5
   done

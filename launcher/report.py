@@ -312,6 +312,10 @@ def _notes(
         )
     if ended_early and logged and not records.checkpoints:
         notes.append("not on record: which step was saved last; all steps of the last attempt count")
+    for line in records.checkpoints:
+        if line.get("event") == "passed_over" and (step := _whole(line.get("step"))) is not None:
+            which = _whole(line.get("attempt"))
+            notes.append(f"attempt {which} passed over step-{step:08d}: {line.get('reason')}")
     dropped = len(records.metrics) - len(logged)
     if dropped:
         notes.append(f"{dropped} metrics lines without attempt, step or time were left out")

@@ -143,14 +143,6 @@ def parse_cancellation(batch_log: str) -> str:
     return "CANCELLED" if causes[-1] is None else _CAUSES.get(causes[-1], "CANCELLED")
 
 
-def parse_job_id(sbatch_stdout: str) -> str:
-    """The id in "Submitted batch job 12 on cluster x". Raises ValueError when there is none."""
-    match = re.search(r"Submitted batch job (\d+)", sbatch_stdout)
-    if match is None:
-        raise ValueError(f"sbatch did not name a job: {sbatch_stdout.strip()!r}")
-    return match[1]
-
-
 # --- environment ----------------------------------------------------------------------------------------------------
 
 _CLUSTER_WIDE = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT"})

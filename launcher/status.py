@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import heartbeats, runs, slurm
+from launcher import durations, heartbeats, runs, slurm
 from launcher.outcome import RankError, first_error
 
 ENDS = frozenset({"done", "failed", "cancelled", "timeout", "preempted", "requeued", "node_failure", "lost"})
@@ -39,6 +39,8 @@ class RunStatus:
     directory: str
     slow: tuple[str, ...] = ()
     """Ranks that hold the others up, or did in the last attempt: a sentence each."""
+    passed_over: tuple[str, ...] = ()
+    """Checkpoints that the newest attempt did not go on from, each with what is wrong with it."""
 
     @property
     def is_over(self) -> bool:
@@ -67,6 +69,17 @@ def status_of(run: runs.Run) -> RunStatus:
         tokens_per_second=metrics.get("tokens_per_second"),
         directory=str(run.path),
         slow=heartbeats.sentences(run.state().get("slow")),
+        passed_over=passed_over(run),
+    )
+
+
+def passed_over(run: runs.Run) -> tuple[str, ...]:
+    """What the newest attempt found unsound when it began, one line each."""
+    newest = len(run.attempt_dirs())
+    return tuple(
+        f"step-{int(event['step']):08d}: {event.get('reason')}"
+        for event in durations.announcements(run)
+        if event.get("event") == "passed_over" and event.get("attempt") == newest
     )
 
 

@@ -32,14 +32,15 @@ def submit(
     exclude: Sequence[str],
     until: float,
     say: Callable[[str], None],
+    **more: object,
 ) -> str:
     """Submit the run's own script behind this job; a run that `sbatch jobs/…` started has none and gets one.
 
-    Gives the new job's id. Raises SlurmError where Slurm refuses it.
+    `more` goes into the job's line. Gives the new job's id. Raises SlurmError where Slurm refuses it.
     """
     if not run.script_file.exists():
         runs.write_text(run.script_file, script_for(run, spec))
     new_job = ownjob.submit_successor(job_id, run.script_file, exclude, os.environ, until, say)
     where = {"box": box_name()} if spec.cluster == "box" else {}
-    run.add_job(new_job, "slurm", after=job_id, **where)
+    run.add_job(new_job, "slurm", after=job_id, **where, **more)
     return new_job

@@ -159,21 +159,28 @@ def steps_by_attempt(
         if not resumed and not step_in.get(attempt):
             resumed[attempt] = 0
         else:
-            saved = [
-                save.step
-                for save in saves
-                if save.event == "saved" and save.attempt < attempt and save.step < first.step
-            ]
+            saved = [step for step in _held(saves, attempt) if step < first.step]
             resumed[attempt] = _resumed_after(first.step, stride, saved, step_in.get(attempt))
     kept: float = math.inf
     if ended_early and saves:
-        kept = max((save.step for save in saves if save.event == "saved"), default=0)
+        kept = max(_held(saves), default=0)
     found = {}
     for attempt in sorted(lines, reverse=True):
         found[attempt] = Steps(tuple(lines[attempt]), resumed[attempt], kept)
         start = resumed[attempt]
         kept = min(kept, start if start is not None else lines[attempt][0].step - 1)
     return dict(sorted(found.items()))
+
+
+def _held(saves: Sequence[Save], attempt: int | None = None) -> set[int]:
+    """Steps that a resume finds: saved, and not passed over since. With `attempt`: those that it found itself."""
+    held: set[int] = set()
+    for save in saves:
+        if save.event == "saved" and (attempt is None or save.attempt < attempt):
+            held.add(save.step)
+        elif save.event == "passed_over" and (attempt is None or save.attempt <= attempt):
+            held.discard(save.step)
+    return held
 
 
 def _stride(lines: Mapping[int, Sequence[Logged]]) -> int | None:

@@ -70,7 +70,13 @@ class Found:
 def run(options: argparse.Namespace) -> int:
     _check(options)
     found = runs.find(known_run_roots(), options.run)
-    checkpoints = [_look(folder, options.verify) for folder in manifest.folders(found.path)]
+    found.spec()  # refuses the directory of a newer version, whose checkpoints may mean something else
+    folders = manifest.folders(found.path)
+    checkpoints = (
+        _look_before_pruning(folders, options.keep)
+        if options.prune
+        else [_look(folder, options.verify) for folder in folders]
+    )
     if options.export is not None:
         return _export(found, checkpoints, options)
     if options.prune:
@@ -110,6 +116,15 @@ def _look(folder: Path, verify: bool) -> Found:
     except (manifest.Unsound, manifest.TooNew) as error:
         return Found(folder, described, str(error))
     return Found(folder, described, "")
+
+
+def _look_before_pruning(folders: list[Path], keep: int) -> list[Found]:
+    """Every byte of those that are to stay is read: a corrupt one in their place would be all that is left."""
+    checkpoints: list[Found] = []
+    for folder in folders:
+        stay = sum(not one.problem for one in checkpoints)
+        checkpoints.append(_look(folder, verify=stay < keep))
+    return checkpoints
 
 
 def _show(checkpoints: list[Found], *, verified: bool) -> None:

@@ -57,6 +57,7 @@ def _ask(found: runs.Run) -> run_status.RunStatus:
             steps=metrics.get("steps"), loss=metrics.get("loss"),
             tokens_per_second=metrics.get("tokens_per_second"), directory=str(found.path),
             slow=heartbeats.sentences(record.get("slow")),
+            passed_over=run_status.passed_over(found),
         )  # fmt: skip
 
 
@@ -86,6 +87,8 @@ def _show_one(found: runs.Run, current: run_status.RunStatus, console: Console) 
         table.add_row("progress", progress.describe(dict(metrics)))
     for line in current.slow:
         table.add_row("[yellow]slow[/]", escape(line))
+    for line in current.passed_over:
+        table.add_row("[yellow]passed over[/]", escape(line))
     table.add_row("directory", current.directory)
     console.print(table, soft_wrap=True)
     if current.is_over and current.state != "done":

@@ -78,6 +78,12 @@ def resume(options: argparse.Namespace) -> int:
             console.print(
                 f"run {found.id} goes on as {point.spec.recipe}; it was a {spec.recipe}", highlight=False
             )
+        if point.spec.args.get("resume") is False and any(
+            word.startswith("args.resume=") for word in changes
+        ):
+            raise UserError(
+                f"args.resume=false: run {found.id} does not go backwards; submit a new run instead"
+            )
         spec = point.spec
         use_cluster(spec.cluster)
         check_submittable(spec)

@@ -247,7 +247,9 @@ class TrainArgs:
         0, "rows of the embedding; 0 is the model's own, or for tiny and small the tokenizer's", minimum=0
     )
     device: str = argument("auto", "auto is the GPU where there is one", ("auto", "cpu", "cuda"))
-    resume: bool = argument(True, "go on from the newest checkpoint of the run directory")
+    resume: bool = argument(
+        True, "go on from the newest checkpoint of the run directory; false: refuse one that holds any"
+    )
 
     @property
     def peak_lr(self) -> float:

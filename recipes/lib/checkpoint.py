@@ -41,6 +41,29 @@ class CheckpointMismatch(Exception):
 
 
 @dataclass(frozen=True)
+class PassedOver:
+    """A checkpoint that nobody goes on from."""
+
+    step: int
+    problem: str
+    """What is wrong with it."""
+
+    def __str__(self) -> str:
+        return f"step-{self.step:08d} is passed over: {self.problem}"
+
+
+class NoneSound(CheckpointMismatch):
+    """There are checkpoints, and none that a run could go on from."""
+
+    def __init__(self, run_directory: Path, passed_over: list[PassedOver]) -> None:
+        self.passed_over = passed_over
+        super().__init__(
+            f"none of the {len(passed_over)} checkpoints in {run_directory / 'checkpoints'} is sound "
+            f"({passed_over[0]}): restore one, or start another run"
+        )
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where a run is after its last optimizer step. The learning rate is a function of `step`."""
 
@@ -83,25 +106,22 @@ class Trained:
         )
 
 
-def newest(run_directory: Path, world: World) -> tuple[Path | None, list[str]]:
+def newest(run_directory: Path, world: World) -> tuple[Path | None, list[PassedOver]]:
     """The newest sound checkpoint, or None where there is none at all; all ranks call this together.
 
-    Beside it, one line about each newer one that was passed over because it is torn or corrupt; nothing is
-    deleted. Every byte has been read once, each rank reading its part. Raises CheckpointMismatch, on every rank
-    alike, where all are unsound (the run would silently begin again) or written by a newer version.
+    Beside it each newer one that was passed over because it is torn or corrupt; nothing is deleted. Every byte
+    has been read once, each rank reading its part. Raises, on every rank alike, NoneSound where all are unsound
+    (the run would silently begin again), CheckpointMismatch where one was written by a newer version.
     """
-    passed_over: list[str] = []
+    passed_over: list[PassedOver] = []
     # Rank 0 looks for all: on a network file system the ranks may for seconds see different checkpoints.
     for folder in from_first(manifest.folders(run_directory) if world.is_first else [], world):
         problem = _first_problem(folder, world)
         if problem is None:
             return folder, passed_over
-        passed_over.append(f"{folder.name} is passed over: {problem}")
+        passed_over.append(PassedOver(manifest.step_of(folder), problem))
     if passed_over:
-        raise CheckpointMismatch(
-            f"none of the {len(passed_over)} checkpoints in {run_directory / 'checkpoints'} is sound "
-            f"({passed_over[0]}): restore one, or begin again with resume=false"
-        )
+        raise NoneSound(run_directory, passed_over)
     return None, []
 
 

@@ -4,7 +4,8 @@ The step loop stands still only while the state is copied to (pinned) host memor
 One save is under way at a time: the next one waits for it, and so does the end of a run. Host memory holds one copy
 of a rank's part of the state.
 
-RUN_DIR/checkpoints.jsonl tells whoever watches, one line per event: started, saved, failed, skipped.
+RUN_DIR/checkpoints.jsonl tells whoever watches, one line per event: started, saved, failed, skipped; and passed_over
+where a run begins and does not go on from a checkpoint, because it is torn or corrupt.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,7 @@ import torch
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from recipes.lib import manifest
-from recipes.lib.checkpoint import Progress, Trained, state_of
+from recipes.lib.checkpoint import PassedOver, Progress, Trained, state_of
 from recipes.lib.distributed import World, attempt, from_first
 from recipes.lib.lines import Lines
 from recipes.lib.writing import NotSaved, write_checkpoint
@@ -199,17 +200,29 @@ class Saver:
         """Delete by the rule of `keep` and `keep_every`. Only sound ones count, and only those are deleted."""
         sound = []
         for folder in manifest.folders(self._run_directory):
+            if manifest.step_of(folder) > newest:
+                continue  # passed over when the run began, or it would have gone on from there
             try:
                 sound.append(manifest.check_sizes(folder).step)
             except (manifest.Unsound, manifest.TooNew):
                 continue  # kept for whoever wants to look; a resume says what is wrong with it
         for step in manifest.surplus(sound, self._keep, self._keep_every):
-            if step == newest:
-                continue  # after resume=false, a higher step may be an older checkpoint
             try:
                 manifest.remove(manifest.folder_of(self._run_directory, step))
             except OSError as error:
                 print(f"warning: step-{step:08d} is not deleted: {error}", file=sys.stderr, flush=True)
+
+
+def announce_passed_over(run_directory: Path, passed_over: Sequence[PassedOver], world: World) -> None:
+    """Rank 0 says which checkpoints a run does not go on from: on stderr, and to whoever watches."""
+    if not world.is_first or not passed_over:
+        return
+    lines = Lines(run_directory / ANNOUNCEMENTS_FILE)
+    for one in passed_over:
+        print(f"warning: {one}", file=sys.stderr, flush=True)
+        about = {"event": "passed_over", "step": one.step, "reason": one.problem}
+        lines.append({**about, "attempt": attempt(), "time": time.time()})
+    lines.close()
 
 
 def _bytes_of(state: dict[str, Any]) -> int:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from recipes.lib import checkpoint
+from recipes.lib import checkpoint, manifest
 from recipes.lib.arguments import TrainArgs, one_line_errors
 from recipes.lib.checkpoint import CheckpointMismatch, Progress, Trained
 from recipes.lib.dataset import DataError, Dataset
@@ -33,6 +33,7 @@ from recipes.lib.distributed import (
     LaunchError,
     World,
     attempt,
+    from_first,
     run_directory,
     sum_over_ranks,
 )
@@ -45,7 +46,7 @@ from recipes.lib.optimizer import clip_gradients, learning_rate, set_learning_ra
 from recipes.lib.own_time import OwnTime
 from recipes.lib.parallelism import Precision, attention_backends, precision
 from recipes.lib.pretrained import check_init_from, load_pretrained
-from recipes.lib.saving import Saver, keep_tokenizer
+from recipes.lib.saving import Saver, announce_passed_over, keep_tokenizer
 from recipes.lib.stopping import OF_THIS_PROCESS, Stopped, attempt_folder
 from recipes.lib.writing import NotSaved
 
@@ -103,10 +104,7 @@ def make_plan(recipe: str, args: TrainArgs, world: World) -> Plan:
     rows = args.vocabulary_rows(dataset.vocab_size)
     size = dataclasses.replace(SIZES[args.model], vocab_size=rows)
     directory = run_directory(recipe, world)
-    newest, passed_over = checkpoint.newest(directory, world) if args.resume else (None, [])
-    if world.is_first:
-        for line in passed_over:
-            print(f"warning: {line}", file=sys.stderr, flush=True)
+    newest = _newest(directory, args, world)
     return Plan(
         recipe=recipe,
         args=args,
@@ -117,6 +115,25 @@ def make_plan(recipe: str, args: TrainArgs, world: World) -> Plan:
         run_directory=directory,
         resume_from=newest,
     )
+
+
+def _newest(directory: Path, args: TrainArgs, world: World) -> Path | None:
+    """The checkpoint to go on from. What is passed over is said and announced, also where nothing is left."""
+    if not args.resume and attempt() == 1:
+        # Older and higher steps beside a run's own: nobody could say any more which of them is its newest.
+        found = from_first(manifest.folders(directory)[:1] if world.is_first else [], world)
+        if found:
+            raise CheckpointMismatch(
+                f"resume=false: {found[0].parent} already holds {found[0].name}, and a run does not go backwards: "
+                "go on from it (resume=true), or start another run"
+            )
+    try:
+        newest, passed_over = checkpoint.newest(directory, world)
+    except checkpoint.NoneSound as error:
+        announce_passed_over(directory, error.passed_over, world)
+        raise
+    announce_passed_over(directory, passed_over, world)
+    return newest
 
 
 def initialize(model: Transformer, plan: Plan, storage: str | None = None) -> None:
@@ -134,8 +151,8 @@ def train(plan: Plan, technique: Technique) -> None:
     """Train to the last step. The model may be on any number of ranks; all of them call this together.
 
     Raises NotFinite when the loss or the gradient is, CheckpointMismatch when the checkpoint is another
-    run's, Stopped when the ranks have agreed to stop (and saved), NotSaved when the last checkpoint could not be
-    written: an earlier one that could not leaves the run going.
+    run's, Stopped when the ranks have agreed to stop (and saved), NotSaved when the last checkpoint, at the end or
+    at a stop, could not be written: an earlier one that could not leaves the run going.
     """
     args, world = plan.args, plan.world
     heartbeat = Heartbeat(attempt_folder(), world.rank)
@@ -221,9 +238,11 @@ def train(plan: Plan, technique: Technique) -> None:
         heartbeat.beat(progress.step, "done")
         metrics.say(f"stopped after step {progress.step}: {reason}")
         metrics.close()
+    if last is not None and last.step == progress.step and last.event != "saved":
+        # Also after a stop: STOPPED_EXIT would say that the work until here is safe.
+        raise NotSaved(f"step {last.step} is not saved: {last.reason}")
+    if reason is not None:
         raise Stopped
-    if last is not None and last.step == args.steps and last.event != "saved":
-        raise NotSaved(last.reason)
     heartbeat.beat(progress.step, "done")
     metrics.close()
 

@@ -206,7 +206,7 @@ def _publish(manifest: Manifest, beside: Path, final: Path) -> None:
     manifest.write(beside)
     _sync(beside)
     if final.exists():
-        # The step was saved before (a run with resume=false). A folder cannot be renamed onto another;
+        # The step was saved before, and passed over by a resume. A folder cannot be renamed onto another;
         # between these two renames there is none of this step, and never a partial one.
         replaced = aside(final)
         beside.rename(final)

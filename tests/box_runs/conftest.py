@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,15 @@ def launcher(box: box_module.Box, tmp_path: Path) -> Launcher:
     }
     environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return Launcher(environment, run_root)
+
+
+@pytest.fixture
+def own_box(launcher: Launcher) -> Iterator[tuple[Launcher, box_module.Box]]:
+    """A box whose daemons a test may kill."""
+    name = f"fragile-{os.getpid()}"
+    made = box_module.up(nodes=3, name=name, gpus=0)
+    try:
+        environment = {**launcher.environment, **box_module.environment(made), "LAUNCHER_BOX": name}
+        yield dataclasses.replace(launcher, environment=environment), made
+    finally:
+        box_module.down(name)

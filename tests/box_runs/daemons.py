@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -59,8 +60,19 @@ def kill_node(box: boxes.Box, node: str) -> None:
     above = {
         parent for task in tasks for parent in [task.parent()] if parent and "slurmstepd" in parent.name()
     }
-    for process in [*above, *tasks]:
-        process.kill()
+    below = {
+        child for task in tasks for child in _children_of(task)
+    }  # the controller's srun has another environment
+    for process in {*above, *tasks, *below}:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _children_of(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _environment_of(process: psutil.Process) -> dict[str, str]:

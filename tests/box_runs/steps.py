@@ -2,7 +2,7 @@
 
     python -m tests.box_runs.steps steps=50 seconds=0.1 save_every=10
 
-`rank=1 step=12` with `fault=kill`, `fault=hang` or `fault=raise` strikes at that step of the first attempt.
+`rank=1 step=12` with `fault=kill`, `hang`, `raise` or `xid` (a broken card) strikes at that step of attempt 1.
 `deaf=1` ignores every request to stop; `barrier=1` meets the other ranks in a collective at each step.
 """
 
@@ -69,6 +69,9 @@ def strike(fault: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "raise":
         raise ArithmeticError("the loss is not a number")
+    if fault == "xid":
+        print("[ 812.4] NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus.", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
     stuck_in_a_loader()
 
 

@@ -97,7 +97,7 @@ def test_the_kill_of_one_rank(
     with frozen(started, moment(started)) as ranks:
         saved = started.saved()
         os.kill(ranks[1], signal.SIGKILL)
-    first, second = check(started, undisturbed, ["unknown", "done"])
+    first, second = check(started, undisturbed, ["killed", "done"])
     assert (first["rank"], first["action"]) == (1, "restarted")
     assert first["saved_out"] == second["saved_in"] == saved, "a save that no rank finished counts"
     assert second["job_id"] == first["job_id"]
@@ -138,7 +138,9 @@ def test_a_damaged_checkpoint(launcher: Launcher, folder: Path, undisturbed: Los
     hurt(checkpoints[-1], damage)
     started.goes_on()
     before = int(checkpoints[-2].name.removeprefix("step-"))
-    check(started, undisturbed, ["requeued", "done"], starts=[before])
+    _, second = check(started, undisturbed, ["requeued", "done"], starts=[before])
+    assert any(line.startswith(f"{checkpoints[-1].name} was passed over: ") for line in second["evidence"])
+    assert f"attempt 2 passed over {checkpoints[-1].name}: " in launcher("report", started.run.id).stdout
     said = (started.run.path / "attempt-02" / "rank-0.log").read_text()
     assert f"warning: {checkpoints[-1].name}" in said, said
 
@@ -181,7 +183,7 @@ def test_a_full_disk_at_save(launcher: Launcher, folder: Path, undisturbed: Loss
         saved = started.saved()
         (small_disk / "filler").unlink()
         os.kill(ranks[1], signal.SIGKILL)
-    first, second = check(started, undisturbed, ["unknown", "done"])
+    first, second = check(started, undisturbed, ["killed", "done"])
     assert "No space left on device" in failed["reason"]
     assert failed["step"] > saved == first["saved_out"] == second["saved_in"]
 

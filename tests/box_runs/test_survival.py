@@ -36,7 +36,7 @@ def test_after_the_kill_of_one_rank_the_tasks_start_again_in_the_same_job(launch
     run = submit_entrypoint(
         launcher, "nodes=2", "tasks_per_node=1", steps=40, fault="kill", rank=1, step=12, **STEPS
     )
-    first, second = check_continued(run, 40, "unknown", "done")
+    first, second = check_continued(run, 40, "killed", "done")
     assert (first["reason"].partition(" on ")[0], first["action"], first["rank"]) == (
         "rank 1",
         "restarted",

@@ -45,8 +45,8 @@ CASES = {
         "out_of_memory", "failed",
     ),
     "srun's Out Of Memory": (ended(signal="Out Of Memory"), "out_of_memory", "failed"),
-    "killed by nobody knows whom": (ended(signal="Killed"), "unknown", "failed"),
-    "137 without a word": (ended(137), "unknown", "failed"),
+    "killed by nobody knows whom": (ended(signal="Killed"), "killed", "failed"),
+    "137 without a word": (ended(137), "killed", "failed"),
     "Xid in a log": (ended(signal="Killed", log_lines=("step 3", XID)), "hardware", "failed"),
     "NCCL system error": (
         ended(errors=(error(0, 1, "DistBackendError", "NCCL error: ncclSystemError: System call failed"),)),
@@ -102,7 +102,57 @@ def test_a_rank_killed_by_a_signal_is_the_cause_of_the_others_exceptions() -> No
         errors=(error(0, 10.0, "RuntimeError", "Connection reset by peer"),),
     )
     found = classify(ending)
-    assert (found.cause, found.reason, found.rank, found.node) == ("unknown", "rank 2 on n2: Killed", 2, "n2")
+    assert (found.cause, found.reason, found.rank, found.node) == (
+        "killed",
+        "rank 2 on n2: Killed (SIGKILL)",
+        2,
+        "n2",
+    )
+
+
+SUMMARY = """\
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+launcher.task FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-21_11:29:34
+  host      : n2
+  rank      : 2 (local_rank: 0)
+  exitcode  : {other} (pid: 16419)
+  error_file: <N/A>
+  traceback : Signal received by PID 16419
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-21_11:29:34
+  host      : n2
+  rank      : 3 (local_rank: 1)
+  exitcode  : {root} (pid: 16420)
+  error_file: <N/A>
+  traceback : Signal received by PID 16420
+============================================================"""
+
+
+def test_a_rank_killed_under_torchrun_is_named_by_its_agent() -> None:
+    """The other rank's echo was recorded, and the agent's own status says nothing."""
+    agents = {
+        "exit_code": 1,
+        "task_exits": (TaskExit("n2", (1,), 1, ""), TaskExit("n1", (0,), None, "Terminated")),
+        "errors": (error(0, 10.0, "RuntimeError", "Connection reset by peer"),),
+    }
+    killed = tuple(SUMMARY.format(other="-15", root="-9").splitlines())
+    found = classify(Ending(**agents, log_lines=killed))  # type: ignore[arg-type]
+    assert (found.cause, found.reason, found.rank, found.node) == (
+        "killed",
+        "rank 3 on n2: Killed (SIGKILL)",
+        3,
+        "n2",
+    )
+    by_the_agent = tuple(SUMMARY.format(other="-9", root="1").splitlines())
+    found = classify(Ending(**agents, log_lines=by_the_agent))  # type: ignore[arg-type]
+    assert found.cause == "unknown", "the agent kills what does not end; that is no cause"
 
 
 def test_ranks_that_srun_terminated_are_not_the_cause() -> None:
@@ -116,6 +166,15 @@ def test_ranks_that_srun_terminated_are_not_the_cause() -> None:
 
 def test_a_run_that_finished_is_done_even_when_the_job_is_cancelled_a_moment_later() -> None:
     assert classify(Ending(exit_code=0, stop_signal="SIGTERM", slurm_cause="CANCELLED")).state == "done"
+
+
+def test_a_step_that_lost_a_node_is_not_done_because_srun_ended_with_0() -> None:
+    assert classify(Ending(exit_code=0, slurm_cause="NODE_FAIL")).cause == "node_failure"
+
+
+def test_a_hang_on_a_node_that_died_is_its_failure() -> None:
+    found = classify(Ending(143, hang=("nothing moved", "rank 1 …"), slurm_cause="NODE_FAIL"))
+    assert found.cause == "node_failure"
 
 
 def test_a_signal_to_the_controller_is_no_failure_of_the_recipe() -> None:

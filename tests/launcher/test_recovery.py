@@ -30,7 +30,7 @@ def test_every_cause_but_the_two_ends_has_a_budget() -> None:
         ("done", "done"), ("cancelled", "stopped"), ("time_limit", "requeued"), ("preemption", "requeued"),
         ("requeued", "requeued"), ("node_failure", "requeued"), ("hang", "restarted"), ("unknown", "restarted"),
         ("user_error", "restarted"), ("out_of_memory", "restarted"), ("storage", "restarted"),
-        ("hardware", "restarted"),
+        ("hardware", "restarted"), ("killed", "restarted"),
     ],
 )  # fmt: skip
 def test_the_first_failure_of_each_cause(cause: Cause, action: str) -> None:

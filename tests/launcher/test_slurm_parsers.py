@@ -9,7 +9,6 @@ from launcher.slurm import (
     expand_hostlist,
     for_steps,
     parse_cancellation,
-    parse_job_id,
     parse_key_values,
     parse_task_exits,
     without_outer_job,
@@ -90,12 +89,6 @@ def test_task_ends_are_read_from_srun() -> None:
 )
 def test_why_slurm_ended_a_job_is_read_from_the_batch_log(line: str, cause: str) -> None:
     assert parse_cancellation(f"before\n{line}\nafter\n") == cause
-
-
-def test_the_job_id_is_read_and_its_absence_is_an_error() -> None:
-    assert parse_job_id("Submitted batch job 4711 on cluster hopper\n") == "4711"
-    with pytest.raises(ValueError, match="did not name a job"):
-        parse_job_id("queued\n")
 
 
 def test_submitting_forgets_the_outer_job_but_not_the_cluster() -> None:

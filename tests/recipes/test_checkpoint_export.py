@@ -18,6 +18,7 @@ from recipes.lib.distributed import World
 from recipes.lib.model import Transformer, materialize
 from recipes.lib.pretrained import load_pretrained, size_of, to_hugging_face
 from recipes.lib.training import train
+from tests.launcher.test_runs import spec
 from tests.recipes.test_training import plan_in
 
 ONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -44,6 +45,7 @@ def run_directory(
     copy = tmp_path / "runs" / "ch1_baseline-abcdef"
     shutil.copytree(trained[0], copy)
     (copy / "run.json").write_text('{"id": "abcdef", "recipe": "ch1_baseline", "created": 1.0}')
+    (copy / "spec.json").write_text(spec().to_json())
     monkeypatch.setenv("LAUNCHER_RUNS", str(copy.parent))
     return copy
 
