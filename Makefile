@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 STRICT := launcher checks env
 SHELL_FILES := .ci/run $(wildcard jobs/*.sbatch)
 
-.PHONY: help setup test lint demo bench lock clean
+.PHONY: help setup test lint demo bench soak lock clean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 14
@@ -33,6 +33,9 @@ demo: setup ## the whole thing in two minutes: a Slurm cluster on this machine a
 
 bench: setup ## measure what BENCHMARKS.md reports
 	$(VENV)/python -m tests.bench
+
+soak: setup ## one long run under 50 random faults; ARGS="faults=10 seed=1" for fewer, or the same again
+	$(VENV)/python -m tests.soak $(ARGS)
 
 lock: setup ## renew env/requirements/dev.txt from pyproject.toml (asks the package registry)
 	$(VENV)/uv pip compile --quiet --upgrade --python-version 3.11 --python-platform linux --extra dev \

@@ -293,7 +293,7 @@ class _Attempt:
         )
         try:
             job = ownjob.look(self.allocation.job_id)
-            down = ownjob.unhealthy(self.allocation.nodes)
+            down = ownjob.gone(self.allocation.nodes)
         except slurm.SlurmError as error:
             say(f"the state of the nodes is not known: {error}")
             return named

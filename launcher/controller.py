@@ -307,7 +307,7 @@ def _working_nodes(here: Here, bad: Sequence[str]) -> tuple[str, ...]:
     everything, needed = here.allocation.nodes, here.spec.nodes
     if not here.spec.spares:
         return everything
-    gone = {*bad, *ownjob.unhealthy(everything)}
+    gone = {*bad, *ownjob.unfit(everything)}
     healthy = tuple(node for node in everything if node not in gone)
     if len(healthy) < needed:
         raise UserError(

@@ -55,7 +55,7 @@ def _what_happened(about: dict[str, Any], allocation: Allocation) -> Outcome:
     nodes = [str(node) for node in about.get("nodes", [])]
     if nodes and allocation.job_id:
         try:
-            down = ownjob.unhealthy(nodes)
+            down = ownjob.gone(nodes)
         except slurm.SlurmError as error:
             say(f"the state of the nodes is not known: {error}")
             down = ()

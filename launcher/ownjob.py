@@ -29,7 +29,9 @@ _AWAY = (
     "Zero Bytes",
     "no answer within",
 )
-_NODE_GONE = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN", "DRAIN")
+_NODE_GONE = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN")
+_NODE_LEAVING = (*_NODE_GONE, "DRAIN")
+"""A draining node runs its jobs to their end; somebody will look at it after, so no new step should begin there."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +106,25 @@ def kill_wait() -> float:
     return parse_kill_wait(slurm.run(["scontrol", "show", "config"], timeout=QUICK_SECONDS))
 
 
-def unhealthy(nodes: Sequence[str]) -> tuple[str, ...]:
-    """Those of the nodes that Slurm calls down, failing, draining or silent. Raises SlurmError."""
-    records = slurm.run(["scontrol", "show", "node", "-o", ",".join(nodes)], timeout=QUICK_SECONDS)
-    return parse_unhealthy(records)
+def gone(nodes: Sequence[str]) -> tuple[str, ...]:
+    """Those of the nodes that Slurm calls down, failing or silent: no task lives there. Raises SlurmError."""
+    return parse_gone(_node_records(nodes))
 
 
-def parse_unhealthy(records: str) -> tuple[str, ...]:
-    """Node names out of `scontrol show node -o` whose State says that no task can run there. Pure."""
+def unfit(nodes: Sequence[str]) -> tuple[str, ...]:
+    """Those of the nodes on which no new step should begin: the draining ones as well. Raises SlurmError."""
+    return parse_gone(_node_records(nodes), _NODE_LEAVING)
+
+
+def _node_records(nodes: Sequence[str]) -> str:
+    return slurm.run(["scontrol", "show", "node", "-o", ",".join(nodes)], timeout=QUICK_SECONDS)
+
+
+def parse_gone(records: str, states: Sequence[str] = _NODE_GONE) -> tuple[str, ...]:
+    """Node names out of `scontrol show node -o` whose State holds one of these words. Pure."""
     found = [slurm.parse_key_values(line) for line in records.splitlines() if line.strip()]
     return tuple(
-        record["NodeName"] for record in found if any(word in record.get("State", "") for word in _NODE_GONE)
+        record["NodeName"] for record in found if any(word in record.get("State", "") for word in states)
     )
 
 

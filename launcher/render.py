@@ -50,7 +50,10 @@ def render(spec: JobSpec, submission: Submission | None = None, *, words: Sequen
         _find_repository(spec, submission),
         _find_python(spec, submission),
         _stay_alive_around(
-            *(_command(module, spec, submission, words) for module in ("controller", "killed"))
+            *(
+                _command(module, spec, submission, words)
+                for module in ("controller", "killed began", "killed follow")
+            )
         ),
     ]
     return "\n\n".join(sections) + "\n"
@@ -185,7 +188,7 @@ _HEADER_KEYS = frozenset(
 )
 
 
-def _stay_alive_around(command: str, when_killed: str) -> str:
+def _stay_alive_around(command: str, had_begun: str, follow: str) -> str:
     return f"""\
 # The controller runs in the background so that this shell can pass signals on; `wait` returns early when one arrives.
 {command} &
@@ -206,13 +209,14 @@ if [ -n "$signalled" ]; then
   final=$?
   [ "$final" -ne 127 ] && status=$final
 fi
-if [ "$status" -eq 137 ] && {{ [ "$SECONDS" -ge 60 ] || [ "${{SLURM_RESTART_COUNT:-0}}" -lt 3 ]; }}; then
+if [ "$status" -eq 137 ] && {{ [ "$SECONDS" -ge 60 ] || [ "${{SLURM_RESTART_COUNT:-0}}" -lt 3 ] || \\
+  {had_begun}; }}; then
   # Killed outright, by the kernel out of memory or by hand: it could not requeue the job, and the ranks go on alone.
-  # The next controller counts how often that happens; a controller that dies young is not started for ever.
+  # The next controller counts how often that happens; one that dies before its first attempt is not started for ever.
   # A job that may not be requeued is followed by another one.
   echo "launcher: the controller was killed (status 137); requeueing job $SLURM_JOB_ID" >&2
   tries=0
-  until scontrol requeue "$SLURM_JOB_ID" || {when_killed} || [ "$tries" -ge 30 ]; do
+  until scontrol requeue "$SLURM_JOB_ID" || {follow} || [ "$tries" -ge 30 ]; do
     tries=$((tries + 1))
     sleep 5
   done

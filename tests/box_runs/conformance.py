@@ -57,9 +57,9 @@ class Started:
     def saved(self) -> int:
         return durations.last_saved(self.events()) or 0
 
-    def goes_on(self, within: float = 60.0) -> None:
+    def goes_on(self, within: float = 120.0, restarts: int = 1) -> None:
         """Let a requeued job start without the wait that its credential asks for."""
-        start_now(self.launcher, self.run, within=within)
+        start_now(self.launcher, self.run, restarts, within)
 
 
 def start(

@@ -69,9 +69,9 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = WAIT_SE
     return value
 
 
-def ended(run: runs.Run, count: int = 1) -> dict[str, Any]:
+def ended(run: runs.Run, count: int = 1, seconds: float = WAIT_SECONDS) -> dict[str, Any]:
     """Wait for the ledger's line of attempt number `count`."""
-    return wait_until(lambda: run.attempts()[count - 1 :], f"attempt {count} of {run.path}")[0]
+    return wait_until(lambda: run.attempts()[count - 1 :], f"attempt {count} of {run.path}", seconds)[0]
 
 
 def losses(run: runs.Run) -> list[float]:

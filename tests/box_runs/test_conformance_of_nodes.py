@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,18 +17,6 @@ from tests.box_runs.support import Launcher, ended, wait_until
 
 Losses = dict[int, float]
 AWAY_SECONDS = 60.0
-
-
-@pytest.fixture
-def broken(launcher: Launcher) -> Iterator[tuple[Launcher, boxes.Box]]:
-    """A box whose daemons a test may kill."""
-    name = f"fragile-{os.getpid()}"
-    made = boxes.up(nodes=3, name=name, gpus=0)
-    try:
-        environment = {**launcher.environment, **boxes.environment(made), "LAUNCHER_BOX": name}
-        yield dataclasses.replace(launcher, environment=environment), made
-    finally:
-        boxes.down(name)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +42,9 @@ def nodes_of(started: Started) -> list[str]:
 
 
 def test_a_job_of_higher_priority(
-    broken: tuple[Launcher, boxes.Box], tmp_path: Path, undisturbed: Losses
+    own_box: tuple[Launcher, boxes.Box], tmp_path: Path, undisturbed: Losses
 ) -> None:
-    launcher, _ = broken
+    launcher, _ = own_box
     started = start(launcher, tmp_path / "job", flags=["--exclusive"])
     with frozen(started, in_a_step(started)):
         launcher.slurm(
@@ -73,9 +59,9 @@ def test_a_job_of_higher_priority(
 
 
 def test_without_slurmctld_the_requeue_is_tried_until_it_is_back(
-    broken: tuple[Launcher, boxes.Box], tmp_path: Path, undisturbed: Losses
+    own_box: tuple[Launcher, boxes.Box], tmp_path: Path, undisturbed: Losses
 ) -> None:
-    launcher, box = broken
+    launcher, box = own_box
     started = start(launcher, tmp_path / "job")
     with frozen(started, in_a_step(started)):
         start_again = end_slurmctld(box)
@@ -96,9 +82,9 @@ def test_without_slurmctld_the_requeue_is_tried_until_it_is_back(
 
 
 def test_a_run_that_ends_without_slurmctld_is_done(
-    broken: tuple[Launcher, boxes.Box], tmp_path: Path, undisturbed: Losses
+    own_box: tuple[Launcher, boxes.Box], tmp_path: Path, undisturbed: Losses
 ) -> None:
-    launcher, box = broken
+    launcher, box = own_box
     started = start(launcher, tmp_path / "job")
     with frozen(started, in_a_step(started)):
         start_again = end_slurmctld(box)
@@ -112,9 +98,9 @@ def test_a_run_that_ends_without_slurmctld_is_done(
 
 
 def test_a_spare_takes_the_place_of_a_node_that_died(
-    broken: tuple[Launcher, boxes.Box], tmp_path: Path, undisturbed: Losses
+    own_box: tuple[Launcher, boxes.Box], tmp_path: Path, undisturbed: Losses
 ) -> None:
-    launcher, box = broken
+    launcher, box = own_box
     started = start(launcher, tmp_path / "job", "spares=1", nodes=3)
     with frozen(started, in_a_step(started)):
         victim = nodes_of(started)[1]
@@ -130,9 +116,9 @@ def test_a_spare_takes_the_place_of_a_node_that_died(
 
 @pytest.mark.parametrize("which", [0, 1], ids=["the batch node", "another node"])
 def test_a_node_that_died_without_a_spare(
-    broken: tuple[Launcher, boxes.Box], tmp_path: Path, undisturbed: Losses, which: int
+    own_box: tuple[Launcher, boxes.Box], tmp_path: Path, undisturbed: Losses, which: int
 ) -> None:
-    launcher, box = broken
+    launcher, box = own_box
     started = start(launcher, tmp_path / "job")
     with frozen(started, in_a_step(started)):
         victim = nodes_of(started)[which]

@@ -1,62 +1,9 @@
-"""A run outlives what a cluster does to it. Every test proves from Slurm and the ledger that its fault struck."""
+"""What test_conformance does not try: a job that may not be requeued, what a hang's reason says, a second launcher."""
 
 from __future__ import annotations
 
-import os
-import signal
-
-from tests.box_runs.support import Launcher, ended, submit_entrypoint, wait_until
-from tests.box_runs.survival import STEPS, after_step, check_continued, job, runs_log, start_now
-
-
-def test_before_the_time_limit_the_ranks_save_and_the_job_is_requeued(launcher: Launcher) -> None:
-    run = submit_entrypoint(launcher, "nodes=2", "tasks_per_node=1", "time=1", steps=420, **STEPS)
-    first = ended(run)
-    assert (first["cause"], first["action"], first["exit_code"]) == ("time_limit", "requeued", 75)
-    assert first["saved_out"] == first["step_out"], "the last step was not saved"
-    # So that the second attempt is the last one, however early Slurm warned the first.
-    launcher.slurm("scontrol", "update", f"jobid={run.jobs()[0]['job_id']}", "timelimit=10")
-    start_now(launcher, run)
-    check_continued(run, 420, "time_limit", "done")
-    assert job(launcher, run)["Restarts"] == "1"
-    assert len(run.jobs()) == 1
-
-
-def test_scontrol_requeue_in_the_middle_of_a_step(launcher: Launcher) -> None:
-    run = submit_entrypoint(launcher, "nodes=2", "tasks_per_node=1", steps=60, **STEPS)
-    after_step(run, 12)
-    launcher.slurm("scontrol", "requeue", run.jobs()[-1]["job_id"])
-    start_now(launcher, run)
-    first, _ = check_continued(run, 60, "requeued", "done")
-    assert first["saved_out"] >= 12
-    assert job(launcher, run)["Restarts"] == "1"
-
-
-def test_after_the_kill_of_one_rank_the_tasks_start_again_in_the_same_job(launcher: Launcher) -> None:
-    run = submit_entrypoint(
-        launcher, "nodes=2", "tasks_per_node=1", steps=40, fault="kill", rank=1, step=12, **STEPS
-    )
-    first, second = check_continued(run, 40, "killed", "done")
-    assert (first["reason"].partition(" on ")[0], first["action"], first["rank"]) == (
-        "rank 1",
-        "restarted",
-        1,
-    )
-    assert "Killed" in first["reason"]
-    assert second["job_id"] == first["job_id"]
-    assert job(launcher, run)["Restarts"] == "0"
-    assert second["tasks_started"] - first["ended"] < 10.0
-
-
-def test_after_the_kill_of_the_controller_the_shell_requeues(launcher: Launcher) -> None:
-    run = submit_entrypoint(launcher, "nodes=2", "tasks_per_node=1", steps=80, **STEPS)
-    after_step(run, 12)
-    os.kill(run.state()["pid"], signal.SIGKILL)
-    wait_until(lambda: job(launcher, run)["Restarts"] == "1", "the requeue by the shell")
-    start_now(launcher, run)
-    first, _ = check_continued(run, 80, "controller_lost", "done")
-    assert (first["job_id"], first["action"]) == (run.jobs()[0]["job_id"], "requeued")
-    assert "the controller was killed (status 137)" in runs_log(run)
+from tests.box_runs.support import Launcher, submit_entrypoint, wait_until
+from tests.box_runs.survival import STEPS, after_step, check_continued, job
 
 
 def test_a_job_that_may_not_be_requeued_gets_a_successor(launcher: Launcher) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.ownjob import OwnJob, parse_kill_wait, parse_own_job, parse_unhealthy
+from launcher.ownjob import OwnJob, parse_gone, parse_kill_wait, parse_own_job
 from launcher.render import warning_seconds
 from launcher.slurm import parse_key_values
 from launcher.stopping import due
@@ -87,7 +87,8 @@ def test_nodes_that_cannot_work_are_read_from_scontrol() -> None:
         f"NodeName=n{number} Arch=x CPUAlloc=1 State={state} ThreadsPerCore=1"
         for number, state in enumerate(states)
     ]
-    assert parse_unhealthy("\n".join(lines)) == ("n2", "n3", "n5")
+    assert parse_gone("\n".join(lines)) == ("n2", "n5")
+    assert parse_gone("\n".join(lines), ("DRAIN",)) == ("n3",)
 
 
 def test_kill_wait_is_read_from_the_configuration() -> None:

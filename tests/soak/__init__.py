@@ -1,0 +1,1 @@
+"""One long run under many random faults, on a box: `make soak`."""
