@@ -95,6 +95,11 @@ class Run:
     def write_spec(self, spec: JobSpec) -> None:
         write_text(self.spec_file, spec.to_json() + "\n")
 
+    def write_words(self, words: Sequence[str]) -> None:
+        """Note the words as they are after a change: the next change is one to these."""
+        about = {**self.info(), "words": list(words)}
+        write_text(self.path / "run.json", json.dumps(about, ensure_ascii=False) + "\n")
+
     def write_state(self, **fields: Any) -> None:
         write_text(self.state_file, json.dumps({**fields, "updated": time.time()}, ensure_ascii=False) + "\n")
 
