@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -55,15 +56,16 @@ class Source:
         found = self._answer("list", [path], 0)
         if isinstance(found, Unread):
             return found
-        if not isinstance(found, list):
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             return Unread(Problem.ERROR, f"{path}: not a listing")
-        return tuple(str(name) for name in found)
+        return tuple(found)
 
     def link(self, path: str) -> Reading:
         return _text(self._answer("link", [path], 0))
 
-    def run(self, argv: Sequence[str]) -> Reading:
-        return _text(self._answer("run", list(argv), 0))
+    def run(self, argv: Sequence[str], keep: str = "") -> Reading:
+        """What the command prints. Of a long answer only the lines with a match of `keep` are kept and recorded."""
+        return _text(self._answer("run", list(argv), 0, keep))
 
     def ask(self, op: str, *args: Any, sample: int = 0) -> Any | Unread:
         """What the worker's operation says: JSON of any form, or Unread."""
@@ -81,7 +83,7 @@ class Source:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _answer(self, op: str, args: Sequence[Any], sample: int) -> Any | Unread:
+    def _answer(self, op: str, args: Sequence[Any], sample: int, keep: str = "") -> Any | Unread:
         raise NotImplementedError
 
 
@@ -92,7 +94,7 @@ class Recorded(Source):
         super().__init__()
         self.records = dict(records)
 
-    def _answer(self, op: str, args: Sequence[Any], sample: int) -> Any | Unread:
+    def _answer(self, op: str, args: Sequence[Any], sample: int, keep: str = "") -> Any | Unread:
         key = key_of(op, args, sample)
         record = self.records.get(key)
         if record is None:
@@ -123,13 +125,13 @@ class Live(Source):
     def _left(self) -> float:
         return self._ends - time.monotonic()
 
-    def _answer(self, op: str, args: Sequence[Any], sample: int) -> Any | Unread:
+    def _answer(self, op: str, args: Sequence[Any], sample: int, keep: str = "") -> Any | Unread:
         key = key_of(op, args, sample)
         if self._left() <= 0:
             record: Record = {"problem": "timed out", "detail": f"{key}: no time was left"}
         elif op == "run":
             reading = self._run(args, min(RUN_SECONDS, self._left()))
-            record = closed(reading)
+            record = closed(reading if isinstance(reading, Unread) else matching_lines(reading, keep))
         else:
             lane, seconds = _LANES.get(op, ("files", READ_SECONDS))
             record = self._lanes[lane].ask(op, self._placed(op, args), min(seconds, self._left()), key)
@@ -146,6 +148,7 @@ class Live(Source):
 _PATH_OPERATIONS = frozenset({"read", "start", "list", "link", "statvfs", "written"})
 _LANES = {
     "nvml": ("nvml", NVML_SECONDS),
+    "nvml_field": ("nvml", NVML_SECONDS),
     "statvfs": ("mounts", 2.0),
     "written": ("mounts", 2.0),
     "resolve": ("network", 2.0),
@@ -259,6 +262,10 @@ def run_command(argv: Sequence[str], seconds: float) -> Reading:
     refused = any(word in said.lower() for word in ("not permitted", "permission denied", "must be root"))
     problem = Problem.NOT_PERMITTED if refused else Problem.ERROR
     return Unread(problem, f"{' '.join(argv)}: status {child.returncode}: {last}")
+
+
+def matching_lines(text: str, keep: str) -> str:
+    return "".join(row for row in text.splitlines(keepends=True) if re.search(keep, row)) if keep else text
 
 
 def closed(answer: Any | Unread) -> Record:

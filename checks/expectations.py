@@ -25,6 +25,8 @@ class Expectations:
     """RDMA devices that are up."""
     exclusive: bool = True
     """The job has the node for itself: a foreign process on a GPU is a finding."""
+    without: tuple[str, ...] = ()
+    """Checks (`ib.counters`) or subjects (`pcie`) that this machine has no evidence for, says its profile."""
     demand_permission: bool = False
     """Evidence that only root may read blocks."""
     master: str | None = None

@@ -67,6 +67,10 @@ class Gpu:
     memory_total: Number
     """Bytes, as memory_used."""
     memory_used: Number
+    architecture: Number
+    """7 Ampere, 8 Ada, 9 Hopper, 10 Blackwell."""
+    ecc: Number
+    """1 where ECC is on."""
     recovery_action: Number
     ecc_volatile_uncorrected: Number
     sram_uncorrected: Number
@@ -91,8 +95,8 @@ class Gpu:
     fabric: FabricState | Unread
     nvlinks: tuple[NvLink, ...] | Unread
     mig: Number
-    lost: str = ""
-    """What NVML said when it could not reach the GPU at all: GPU is lost, interrupt, corrupted infoROM."""
+    lost: tuple[int, ...]
+    """NVML's return codes that mean a lost GPU, among all its answers: 11, 14, 15, 16."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,10 @@ class PciDevice:
     parents: tuple[str, ...] | Unread
     """Bridges from the root port down to the device."""
     driver: Text
+    iommu: Text
+    """Kind of its IOMMU group, `identity` or `DMA-FQ`; MISSING where the IOMMU is off."""
+    fallen: bool | Unread
+    """Its configuration space reads as ones: it has fallen off the bus."""
 
 
 @dataclass(frozen=True)
@@ -256,8 +264,6 @@ class Host:
     governors: tuple[str, ...] | Unread
     clock_source: Text
     clock_synchronized: bool | Unread
-    clock_offset: float | Unread
-    """Seconds that this node is ahead of node 0."""
     iommu_groups: Number
     kernel_log: Reading
 
@@ -266,6 +272,8 @@ class Host:
 class Names:
     """What names lead to: name -> addresses."""
 
+    own: Text
+    """The host's own name, which Gloo and gethostname(2) use. Slurm may call the node by another."""
     resolved: Mapping[str, tuple[str, ...] | Unread]
     master: Reading | None
     """Milliseconds to connect to the job's first node; None where nobody asked."""
@@ -286,6 +294,8 @@ class Node:
     names: Names
     environment: Mapping[str, str] | Unread
     """Without secrets."""
+    named_files: Mapping[str, bool | Unread] = field(default_factory=dict)
+    """Whether the files exist that variables name: NCCL_TOPO_FILE=/etc/nccl/topo.xml -> True."""
     versions: Mapping[str, Text] = field(default_factory=dict)
     """kernel, driver, cuda, nccl, torch, ofed, python, …"""
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -16,6 +16,7 @@ import ctypes
 import importlib.metadata
 import json
 import os
+import re
 import socket
 import struct
 import sys
@@ -120,8 +121,28 @@ def clock() -> dict[str, int]:
     return {"state": state, "status": status, "max_error_us": most, "estimated_error_us": estimated}
 
 
-def monotonic() -> float:
+def monotonic(_what: str) -> float:
+    """Seconds of a clock that nobody sets, between two samples of something."""
     return time.monotonic()
+
+
+def python() -> str:
+    return sys.version.split()[0]
+
+
+def environment(*prefixes: str) -> dict[str, str]:
+    """Variables whose names begin so; what may be a secret is not told (`masked`)."""
+    return {
+        name: masked(name, value) for name, value in sorted(os.environ.items()) if name.startswith(prefixes)
+    }
+
+
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|COOKIE|AUTH|JWT", re.IGNORECASE)
+
+
+def masked(name: str, value: str) -> str:
+    """`***` for a name that means a secret; a password inside an address is taken out of any value."""
+    return "***" if SECRET.search(name) else re.sub(r"(://[^/@\s:]*):[^/@\s]+@", r"\1:***@", value)
 
 
 def packages(*names: str) -> dict[str, str | None]:
@@ -153,24 +174,35 @@ def nvml(function: str, *args: Any) -> Any:
         answer = pynvml.c_nvmlGpuFabricInfoV_t()
         pynvml.nvmlDeviceGetGpuFabricInfoV(arguments[0], ctypes.byref(answer))
         return plain(answer)
-    if function == "nvmlDeviceGetFieldValues":
-        fields = pynvml.nvmlDeviceGetFieldValues(arguments[0], [tuple(one) for one in arguments[1]])
-        return [_field(pynvml, one) for one in fields]
+    if function == "nvmlDeviceGetMemoryInfo":
+        # Version 2 tells what the driver keeps for itself apart from what is used.
+        arguments.append(pynvml.nvmlMemory_v2)
     return plain(getattr(pynvml, function)(*arguments))
 
 
 _nvml_started = False
 
 
-def _field(pynvml: Any, value: Any) -> dict[str, Any]:
+def nvml_field(gpu: int, field: int, scopes: int) -> list[Answer]:
+    """nvmlDeviceGetFieldValues of one field for the scopes 0, 1, … (NVLinks), each with an answer of its own."""
+    import pynvml
+
+    nvml("nvmlDeviceGetCount")
+    handle = pynvml.nvmlDeviceGetHandleByIndex(gpu)
+    values = pynvml.nvmlDeviceGetFieldValues(handle, [(field, scope) for scope in range(scopes)])
+    return [_field(pynvml, value) for value in values]
+
+
+def _field(pynvml: Any, value: Any) -> Answer:
+    if value.nvmlReturn != pynvml.NVML_SUCCESS:
+        return nvml_problem(value.nvmlReturn, f"field {value.fieldId}: {pynvml.NVMLError(value.nvmlReturn)}")
     # nvmlValue_t is a union, whose member valueType names (nvml.h, nvmlValueType_t).
     member = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")[value.valueType]
-    return {
-        "field": value.fieldId,
-        "scope": value.scopeId,
-        "return": value.nvmlReturn,
-        "value": getattr(value.value, member) if value.nvmlReturn == pynvml.NVML_SUCCESS else None,
-    }
+    return {"value": getattr(value.value, member)}
+
+
+def nvml_problem(code: int, detail: str) -> Answer:
+    return {"problem": _NVML_PROBLEMS.get(code, "error"), "detail": detail, "nvml": code}
 
 
 def plain(value: Any) -> Any:
@@ -202,8 +234,11 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "ipv4": ipv4,
     "clock": clock,
     "monotonic": monotonic,
+    "python": python,
+    "environment": environment,
     "packages": packages,
     "nvml": nvml,
+    "nvml_field": nvml_field,
 }
 
 # nvml.h, nvmlReturn_t: not supported and its kin; no permission; no library, no driver.
@@ -235,8 +270,7 @@ def answered(op: str, args: list[Any]) -> Answer:
     except Exception as error:  # noqa: BLE001 (reported to the parent, which makes it an Unread)
         code = getattr(error, "value", None)
         if type(error).__module__ == "pynvml" and isinstance(code, int):
-            problem = _NVML_PROBLEMS.get(code, "error")
-            return {"problem": problem, "detail": f"{args[0]}: {error}", "nvml": code}
+            return nvml_problem(code, f"{args[0]}: {error}")
         return {"problem": "error", "detail": f"{op}: {type(error).__name__}: {error}"}
 
 
