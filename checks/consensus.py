@@ -6,6 +6,7 @@ node has. Comparing costs the same for each node, however many there are.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
@@ -203,7 +204,12 @@ def _variables(node: Node) -> str:
     if isinstance(node.environment, Unread):
         return _text(node.environment)
     prefixes = ("NCCL_", "GLOO_", "UCX_", "FI_")
+    own = re.compile(rf"\b{re.escape(node.name)}\b")  # NCCL_HOSTID=n1 on n1 is no difference
     return (
-        " ".join(f"{name}={value}" for name, value in node.environment.items() if name.startswith(prefixes))
+        " ".join(
+            f"{name}={own.sub('{node}', value)}"
+            for name, value in node.environment.items()
+            if name.startswith(prefixes)
+        )
         or "none"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from checks.expectations import Expectations
 from checks.facts import FileSystem, Node
 from checks.findings import Finding, blind, fail, result, warn
+from checks.hostlist import folded
 from checks.judge_rdma import without_rdma
 from checks.reading import Problem, Unread
 from checks.registry import check
@@ -208,11 +209,21 @@ def resolve(node: Node, expected: Expectations) -> list[CheckResult]:
     own, resolved = node.names.own, node.names.resolved
     if isinstance(own, Unread):
         findings.append(blind(own))
+    strangers = [
+        host
+        for host, addresses in resolved.items()
+        if host in expected.peers and isinstance(addresses, Unread) and addresses.problem is Problem.ERROR
+    ]
+    if strangers:
+        # A neighbour may still be reached by its address. No name where all are unknown: such nodes are folded.
+        which = "none" if len(strangers) == len(expected.peers) else f"not {folded(strangers)}"
+        findings.append(warn(f"of {len(expected.peers)} neighbours {which} resolves", remedy))
     for host, addresses in resolved.items():
-        # The resolver's own answer is ERROR: there is no such name. A neighbour may still be reached by its address.
-        unknown = fail if host == own else warn
+        if host in strangers:
+            continue
+        # The resolver's own answer is ERROR: there is no such name.
         if isinstance(addresses, Unread) and addresses.problem is Problem.ERROR:
-            findings.append(unknown(f"{host}: {addresses.detail}", remedy))
+            findings.append(fail(f"{host}: {addresses.detail}", remedy))
         elif isinstance(addresses, Unread):
             findings.append(blind(addresses, host))
         elif expected.peers and all(address.startswith(("127.", "::1")) for address in addresses):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from checks.hostlist import folded
 from checks.reading import shortened
@@ -13,6 +13,8 @@ from checks.verdict import CheckResult, Verdict, worst
 
 COLUMNS = ("check", "verdict", "read", "expected", "what to do")
 NARROWEST = 100
+MOST_READINGS = 4
+"""Rows of one check and verdict; more become one row with an example."""
 
 
 def json_line(node: str, results: Sequence[CheckResult], traits: Mapping[str, str] | None = None) -> str:
@@ -48,8 +50,9 @@ def folded_table(reports: Mapping[str, Sequence[CheckResult]], *, width: int = 1
     groups: dict[CheckResult, list[str]] = {}
     for node, results in reports.items():
         for result in results:
-            groups.setdefault(result, []).append(node)
-    shown = [(result, nodes) for result, nodes in groups.items() if result.verdict is not Verdict.PASS]
+            if result.verdict is not Verdict.PASS:
+                groups.setdefault(result, []).append(node)
+    shown = _merged(groups)
     order = (Verdict.FAIL, Verdict.UNKNOWN, Verdict.WARN, Verdict.NOT_PERMITTED)
     shown.sort(key=lambda one: (order.index(one[0].verdict), one[0].check))
     if not shown:
@@ -60,6 +63,22 @@ def folded_table(reports: Mapping[str, Sequence[CheckResult]], *, width: int = 1
         for r, nodes in shown
     ]
     return _wrapped(rows, max(width, NARROWEST))
+
+
+def _merged(groups: Mapping[CheckResult, list[str]]) -> list[tuple[CheckResult, list[str]]]:
+    """One row in place of many that differ only in what each node read, so that a report stays readable."""
+    alike: dict[tuple[str, Verdict, str], list[tuple[CheckResult, list[str]]]] = {}
+    for result, nodes in groups.items():
+        alike.setdefault((result.check, result.verdict, result.expected), []).append((result, nodes))
+    rows = []
+    for members in alike.values():
+        if len(members) <= MOST_READINGS:
+            rows += members
+            continue
+        example, _ = max(members, key=lambda one: len(one[1]))
+        read = f"{len(members)} different readings, as: {example.read}"
+        rows.append((replace(example, read=read), [node for _, nodes in members for node in nodes]))
+    return rows
 
 
 def _plain(text: str) -> str:

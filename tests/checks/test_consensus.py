@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from checks.collect import collect_node
+from checks.collect_host import ENVIRONMENT
 from checks.consensus import clock_result, compared, traits_of
 from checks.evidence import Record, Recorded, key_of
 from checks.expectations import Expectations
@@ -104,6 +105,27 @@ def test_equal_nodes_are_folded_and_passes_are_not_listed() -> None:
     assert len(rows) == 2
     assert rows[1].startswith("n[007-009,100]  gpu.ecc  fail")
     assert folded_table({"n1": [good], "n2": [good]}) == "every check passes on n[1-2]"
+
+
+def test_many_different_readings_of_one_check_become_one_row() -> None:
+    reports = {
+        f"n{number}": [CheckResult("host.shm", Verdict.FAIL, f"{number} MiB free", "room", "")]
+        for number in range(64)
+    }
+    rows = folded_table(reports).splitlines()
+    assert len(rows) == 2
+    assert "64 different readings" in rows[1]
+
+
+def test_a_variable_that_holds_the_nodes_own_name_is_no_difference() -> None:
+    key = key_of("environment", ENVIRONMENT)
+    nodes = {
+        name: traits_of(
+            collect_node(Recorded({**healthy(), key: value({"NCCL_HOSTID": name})}), name, EXPECTED)
+        )
+        for name in ("n1", "n2")
+    }
+    assert nodes["n1"] == nodes["n2"]
 
 
 def test_names_are_folded_and_unfolded_as_slurm_does() -> None:

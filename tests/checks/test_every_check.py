@@ -12,9 +12,12 @@ from checks.evidence import Record, Recorded
 from checks.expectations import Expectations
 from checks.registry import CHECKS, Check, judge
 from checks.verdict import CheckResult, Verdict
-from tests.checks.cases import CASES, Case, Fault
+from tests.checks.case import Case, Fault
+from tests.checks.case_devices import DEVICES
+from tests.checks.case_others import OTHERS
 from tests.checks.nodes import healthy, problem, value, with_answers
 
+CASES = {**DEVICES, **OTHERS}
 PASSIVE = [check.name for check in catalog.named((), "passive")]
 FAULTS = [(name, fault) for name, case in CASES.items() for fault in case.faults]
 
