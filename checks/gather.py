@@ -94,7 +94,7 @@ def check_together(step: Step, options: argparse.Namespace, expected: Expectatio
     if step.place == 0:
         return _first(step, options, expected, began, width)
     own = _own_report(step, options, expected)
-    trouble = _deliver(step, own, began + options.deadline)
+    trouble = deliver(step, own, began + options.deadline)
     if trouble:
         print(f"{step.name}: the first node was not told: {trouble}", file=sys.stderr)
         print(report.json_line(step.name, [_result(one) for one in own["results"]]), file=sys.stderr)
@@ -118,7 +118,7 @@ def _own_report(step: Step, options: argparse.Namespace, expected: Expectations)
 
 
 def _first(step: Step, options: argparse.Namespace, expected: Expectations, began: float, width: int) -> int:
-    server = _Server(step)
+    server = Server(step)
     reports = {step.name: _own_report(step, options, expected)}
     reports |= server.wait(set(step.nodes) - {step.name}, began + options.deadline)
     results = judged_together(step.nodes, reports, options.deadline)
@@ -154,7 +154,7 @@ def _said(results: Mapping[str, list[CheckResult]], seconds: float) -> str:
     return f"{line}\nleave out: sbatch --exclude={folded(bad)}" if bad else line
 
 
-class _Server:
+class Server:
     """Takes reports from now on, in a thread of its own."""
 
     def __init__(self, step: Step) -> None:
@@ -207,7 +207,7 @@ def _listening(ports: list[int]) -> socket.socket:
 # --- every other node -------------------------------------------------------------------------------------
 
 
-def _deliver(step: Step, own: dict[str, Any], ends: float) -> str:
+def deliver(step: Step, own: dict[str, Any], ends: float) -> str:
     """Hand the report to the first node; the reason where that cannot be done before the deadline."""
     trouble = "no time was left"
     while time.monotonic() < ends:

@@ -1,4 +1,4 @@
-"""What a case of a check is. For each check: the healthy node, what makes it fail or warn, and what it says where it cannot look.
+"""What a case is: the healthy node of a check, what makes it fail or warn, what it says where it cannot look.
 
 A fault changes one answer of a healthy node, so each is also the mutation of its check: one value, another verdict.
 """
