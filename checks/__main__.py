@@ -175,7 +175,7 @@ def _judge(words: Sequence[str]) -> int:
         "nvidia-smi nvlink -s printed. Of captures, only what they hold is judged.",
     )
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="one bundle, or captures of one node"
+        "files", nargs="+", type=Path, metavar="FILE", help="bundles, or captures of one node"
     )
     parser.add_argument(
         "--check", action="append", default=[], metavar="CHECK", help="only this check or subject"
@@ -187,6 +187,8 @@ def _judge(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON line instead of the table")
     add_expectations(parser)
     options = parser.parse_args(words)
+    if len(options.files) > 1 and all(path.is_file() and bundles.is_bundle(path) for path in options.files):
+        return _judge_many(options)
     bundle, captured = passive.opened(options.files, options.part)
     looked = passive.look_at(bundle, expectations(options, bundle.expected), options.check, part=captured)
     if options.save:
@@ -200,6 +202,25 @@ def _judge(words: Sequence[str]) -> int:
         if captured and left_out:
             print(f"{left_out} other checks find nothing to judge in this capture")
     return EXIT_CODES[worst(result.verdict for result in looked.results)]
+
+
+def _judge_many(options: argparse.Namespace) -> int:
+    """Bundles of many nodes: each judged, and one against the others."""
+    looked = {}
+    for path in options.files:
+        bundle = bundles.read(path)
+        if bundle.node in looked:
+            raise bundles.BundleError(f"{path}: a second bundle of node {bundle.node}")
+        looked[bundle.node] = passive.look_at(bundle, expectations(options, bundle.expected), options.check)
+    same = consensus.compared({node: consensus.traits_of(one.node) for node, one in looked.items()})
+    results = {node: [*one.results, *same[node]] for node, one in looked.items()}
+    if options.json:
+        for node, found in results.items():
+            print(report.json_line(node, found))
+    else:
+        print(report.folded_table(results, width=_width()))
+        print(report.nodes_summary(results))
+    return EXIT_CODES[worst(one.verdict for found in results.values() for one in found)]
 
 
 def _own_name() -> str:

@@ -95,6 +95,7 @@ NOT_OF_FILES = (
     "ipv4 ",
     "clock",
     "python",
+    "user",
     "packages ",
     "environment ",
     "written ",

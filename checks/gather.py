@@ -27,7 +27,7 @@ from typing import Any
 
 from checks import consensus, report
 from checks.expectations import Expectations
-from checks.hostlist import expanded, folded
+from checks.hostlist import expanded
 from checks.verdict import EXIT_CODES, CheckResult, Verdict, worst
 
 DEADLINE_SECONDS = 20.0
@@ -123,7 +123,7 @@ def _first(step: Step, options: argparse.Namespace, expected: Expectations, bega
     reports |= server.wait(set(step.nodes) - {step.name}, began + options.deadline)
     results = judged_together(step.nodes, reports, options.deadline)
     print(report.folded_table(results, width=width))
-    print(_said(results, time.monotonic() - began))
+    print(report.nodes_summary(results, time.monotonic() - began))
     return EXIT_CODES[worst(one.verdict for found in results.values() for one in found)]
 
 
@@ -145,13 +145,6 @@ def judged_together(
         if "offset" in one:
             results[node].append(consensus.clock_result(one["offset"], one["uncertainty"]))
     return results
-
-
-def _said(results: Mapping[str, list[CheckResult]], seconds: float) -> str:
-    whole = worst(one.verdict for found in results.values() for one in found)
-    bad = [node for node, found in results.items() if worst(one.verdict for one in found).blocks]
-    line = f"{whole.value}: {len(results)} nodes ({folded(results)}) in {seconds:.1f} s"
-    return f"{line}\nleave out: sbatch --exclude={folded(bad)}" if bad else line
 
 
 class Server:

@@ -65,6 +65,15 @@ def folded_table(reports: Mapping[str, Sequence[CheckResult]], *, width: int = 1
     return _wrapped(rows, max(width, NARROWEST))
 
 
+def nodes_summary(reports: Mapping[str, Sequence[CheckResult]], seconds: float | None = None) -> str:
+    """The whole verdict, and the words that leave the bad nodes out."""
+    whole = worst(one.verdict for found in reports.values() for one in found)
+    bad = [node for node, found in reports.items() if worst(one.verdict for one in found).blocks]
+    took = f" in {seconds:.1f} s" if seconds is not None else ""
+    line = f"{whole.value}: {len(reports)} nodes ({folded(reports)}){took}"
+    return f"{line}\nleave out: sbatch --exclude={folded(bad)}" if bad else line
+
+
 def _merged(groups: Mapping[CheckResult, list[str]]) -> list[tuple[CheckResult, list[str]]]:
     """One row in place of many that differ only in what each node read, so that a report stays readable."""
     alike: dict[tuple[str, Verdict, str], list[tuple[CheckResult, list[str]]]] = {}

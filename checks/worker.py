@@ -126,6 +126,10 @@ def monotonic(_what: str) -> float:
     return time.monotonic()
 
 
+def user() -> int:
+    return os.geteuid()
+
+
 def python() -> str:
     return sys.version.split()[0]
 
@@ -234,6 +238,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "ipv4": ipv4,
     "clock": clock,
     "monotonic": monotonic,
+    "user": user,
     "python": python,
     "environment": environment,
     "packages": packages,

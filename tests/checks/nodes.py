@@ -294,6 +294,7 @@ def _host() -> dict[str, Record]:
         "read /sys/module/gdrdrv/version": problem("missing"),
         "read /etc/os-release": value('NAME="Ubuntu"\nPRETTY_NAME="Ubuntu 22.04.5 LTS"\n'),
         "python": value("3.11.2"),
+        "user": value(0),
         key_of("packages", PACKAGES): value(dict.fromkeys(PACKAGES, "1.0")),
     }
     for path in ("/dev/shm", "/tmp"):

@@ -67,6 +67,22 @@ def test_a_profile_leaves_out_what_its_machine_has_no_evidence_for(tmp_path: Pat
     assert main([*words, "--without=gpu.xid", "--without=gdr.log", "--without=pcie.bandwidth"]) == 0
 
 
+def test_bundles_of_many_nodes_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for node in ("n1", "n2", "n3", "n4"):
+        driver = {
+            key_of("nvml", ["nvmlSystemGetDriverVersion"]): value("570.10" if node == "n4" else "590.48.01")
+        }
+        files.append(str(tmp_path / f"{node}.json.gz"))
+        bundle.write(bundle.make(node, Expectations(gpus=2), {**healthy(), **driver}), Path(files[-1]))
+    assert main(["judge", *files, "--fabric=infiniband"]) == 1
+    out = capsys.readouterr().out
+    assert "same.driver" in out
+    assert out.endswith("fail: 4 nodes (n[1-4])\nleave out: sbatch --exclude=n4\n")
+    assert main(["judge", files[0], files[0]]) == 64
+    assert "a second bundle of node n1" in capsys.readouterr().err
+
+
 def test_json_is_one_line_for_a_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([evidence(tmp_path), "--node=n1", "--json", *HEALTHY, "gpu.ecc"]) == 0
     (line,) = capsys.readouterr().out.splitlines()

@@ -121,6 +121,12 @@ def test_what_the_profile_says_is_not_there_is_not_missed() -> None:
     assert subjects & {"gpu", "nvlink", "pcie", "gdr", "roce", "efa"} == set()
 
 
+def test_a_tool_that_would_show_this_user_nothing_is_not_missed() -> None:
+    case = CASES["pcie.acs"]
+    records = {**evidence(case), "run lspci -vvv": problem("missing"), "user": value(1000)}
+    assert judged("pcie.acs", records, case.expectations()).verdict is Verdict.NOT_PERMITTED
+
+
 def test_what_only_root_may_read_blocks_where_the_profile_demands_it() -> None:
     case = CASES["pcie.acs"]
     records = {**evidence(case), "run lspci -vvv": problem("not permitted")}
