@@ -62,8 +62,14 @@ def _check(words: Sequence[str]) -> int:
         return EXIT_USAGE
     step = None if options.json else gather.step_of(os.environ)
     if step is not None:
-        return gather.check_together(step, options, expected, width=_width())
-    looked = look(options, expected)
+        return gather.check_together(
+            step,
+            lambda name, wanted: _look(options, name, wanted),
+            expected,
+            deadline=options.deadline,
+            width=_width(),
+        )
+    looked = _look(options, options.node, expected)
     results = [*looked.results, *_marker(options, looked)]
     if options.json:
         print(report.json_line(options.node, results, consensus.traits_of(looked.node)))
@@ -73,14 +79,12 @@ def _check(words: Sequence[str]) -> int:
     return EXIT_CODES[worst(result.verdict for result in results)]
 
 
-def look(options: argparse.Namespace, expected: Expectations) -> passive.Looked:
+def _look(options: argparse.Namespace, name: str, expected: Expectations) -> passive.Looked:
     """This node's facts, live or from the file that --evidence names."""
     if options.evidence:
-        bundle = bundles.read(Path(options.evidence.replace("{node}", options.node)))
+        bundle = bundles.read(Path(options.evidence.replace("{node}", name)))
         return passive.look_at(bundle, expected, options.checks)
-    return passive.look(
-        options.node, expected, options.checks, root=options.root.replace("{node}", options.node)
-    )
+    return passive.look(name, expected, options.checks, root=options.root.replace("{node}", name))
 
 
 def _minimal(options: argparse.Namespace, expected: Expectations) -> list[CheckResult]:

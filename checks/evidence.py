@@ -12,6 +12,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -253,7 +254,10 @@ def run_command(argv: Sequence[str], seconds: float) -> Reading:
     try:
         printed, complaint = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        child.kill()  # not waited for: see checks.worker
+        try:
+            os.killpg(child.pid, signal.SIGKILL)  # with what it started; not waited for: see checks.worker
+        except ProcessLookupError:
+            return Unread(Problem.TIMED_OUT, f"{' '.join(argv)}: ended at its deadline")
         return Unread(Problem.TIMED_OUT, f"{' '.join(argv)}: no answer within {seconds:.1f} s")
     text, said = (part.decode(errors="surrogateescape") for part in (printed, complaint))
     if child.returncode == 0:

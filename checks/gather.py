@@ -11,7 +11,6 @@ with another step's token is not listened to.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hashlib
 import json
@@ -21,13 +20,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from checks import consensus, report
 from checks.expectations import Expectations
 from checks.hostlist import expanded
+from checks.passive import Looked
 from checks.verdict import EXIT_CODES, CheckResult, Verdict, worst
 
 DEADLINE_SECONDS = 20.0
@@ -73,28 +73,35 @@ def step_of(environment: Mapping[str, str]) -> Step | None:
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_NODEID", "SLURM_LOCALID")
     if any(name not in environment for name in names):
         return None
-    nodes = tuple(expanded(environment["SLURM_STEP_NODELIST"]))
-    if len(nodes) < 2:
+    try:
+        nodes = tuple(expanded(environment["SLURM_STEP_NODELIST"]))
+        place, local = int(environment["SLURM_NODEID"]), int(environment["SLURM_LOCALID"])
+    except ValueError:
+        return None  # not Slurm's: somebody set them by hand
+    if len(nodes) < 2 or not 0 <= place < len(nodes):
         return None
     # The launcher's ports make a token that another user's process cannot simply guess.
     secret = [
         environment.get(name, "") for name in (*names[:2], "SLURM_STEP_LAUNCHER_PORT", "SLURM_SRUN_COMM_PORT")
     ]
     token = hashlib.sha256(".".join(secret).encode()).hexdigest()
-    return Step(token, nodes, int(environment["SLURM_NODEID"]), int(environment["SLURM_LOCALID"]))
+    return Step(token, nodes, place, local)
 
 
-def check_together(step: Step, options: argparse.Namespace, expected: Expectations, *, width: int) -> int:
+Look = Callable[[str, Expectations], Looked]
+"""Looks at this node under the name that Slurm gives it."""
+
+
+def check_together(step: Step, look: Look, expected: Expectations, *, deadline: float, width: int) -> int:
     """This node's part, and its exit status: the first node's says what was found on all nodes."""
     if step.local:
         return 0
-    began = time.monotonic()
-    options.node = step.name
+    ends = time.monotonic() + deadline
     expected = replace(expected, peers=step.neighbours)
     if step.place == 0:
-        return _first(step, options, expected, began, width)
-    own = _own_report(step, options, expected)
-    trouble = deliver(step, own, began + options.deadline)
+        return _first(step, look, expected, ends, deadline, width)
+    own = _own_report(step, look, expected)
+    trouble = deliver(step, own, ends)
     if trouble:
         print(f"{step.name}: the first node was not told: {trouble}", file=sys.stderr)
         print(report.json_line(step.name, [_result(one) for one in own["results"]]), file=sys.stderr)
@@ -102,10 +109,8 @@ def check_together(step: Step, options: argparse.Namespace, expected: Expectatio
     return 0
 
 
-def _own_report(step: Step, options: argparse.Namespace, expected: Expectations) -> dict[str, Any]:
-    from checks.__main__ import look
-
-    looked = look(options, expected)
+def _own_report(step: Step, look: Look, expected: Expectations) -> dict[str, Any]:
+    looked = look(step.name, expected)
     return {
         "node": step.name,
         "results": [asdict(result) for result in looked.results],
@@ -117,11 +122,12 @@ def _own_report(step: Step, options: argparse.Namespace, expected: Expectations)
 # --- the first node ---------------------------------------------------------------------------------------
 
 
-def _first(step: Step, options: argparse.Namespace, expected: Expectations, began: float, width: int) -> int:
+def _first(step: Step, look: Look, expected: Expectations, ends: float, deadline: float, width: int) -> int:
+    began = time.monotonic()
     server = Server(step)
-    reports = {step.name: _own_report(step, options, expected)}
-    reports |= server.wait(set(step.nodes) - {step.name}, began + options.deadline)
-    results = judged_together(step.nodes, reports, options.deadline)
+    reports = {step.name: _own_report(step, look, expected)}
+    reports |= server.wait(set(step.nodes) - {step.name}, ends)
+    results = judged_together(step.nodes, reports, deadline)
     print(report.folded_table(results, width=width))
     print(report.nodes_summary(results, time.monotonic() - began))
     return EXIT_CODES[worst(one.verdict for found in results.values() for one in found)]
@@ -202,11 +208,18 @@ def _listening(ports: list[int]) -> socket.socket:
 
 def deliver(step: Step, own: dict[str, Any], ends: float) -> str:
     """Hand the report to the first node; the reason where that cannot be done before the deadline."""
-    trouble = "no time was left"
+    trouble, address = "no time was left", ""
     while time.monotonic() < ends:
+        try:
+            # Once: a thousand nodes that ask slurmctld five times a second would end it.
+            address = address or address_of(step.nodes[0])
+        except OSError as error:
+            trouble = str(error)
+            time.sleep(2.0)
+            continue
         for port in step.ports:
             try:
-                _exchange(step, port, own, max(0.1, min(5.0, ends - time.monotonic())))
+                _exchange(step, (address, port), own, max(0.1, min(5.0, ends - time.monotonic())))
             except (OSError, ValueError, KeyError) as error:
                 trouble = f"{step.nodes[0]}:{port}: {error}"
             else:
@@ -215,8 +228,7 @@ def deliver(step: Step, own: dict[str, Any], ends: float) -> str:
     return trouble
 
 
-def _exchange(step: Step, port: int, own: dict[str, Any], seconds: float) -> None:
-    address = (address_of(step.nodes[0]), port)
+def _exchange(step: Step, address: tuple[str, int], own: dict[str, Any], seconds: float) -> None:
     with (
         socket.create_connection(address, timeout=seconds) as connection,
         connection.makefile("rwb") as line,
@@ -244,9 +256,11 @@ def address_of(node: str) -> str:
     try:
         socket.getaddrinfo(node, None)
     except OSError:
-        said = subprocess.run(
-            ["scontrol", "show", "node", node], capture_output=True, text=True, timeout=10, check=False
-        )
+        command = ["scontrol", "show", "node", node]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        except subprocess.TimeoutExpired:
+            raise OSError(f"{node} does not resolve, and Slurm does not answer") from None
         known = re.search(r"NodeAddr=(\S+)", said.stdout)
         if known is None:
             raise OSError(f"{node} does not resolve, and Slurm does not know its address") from None
