@@ -22,6 +22,7 @@ from pathlib import Path
 
 from checks import bundle as bundles
 from checks import catalog, consensus, gather, minimal, passive, report
+from checks.evidence import BUDGET_SECONDS
 from checks.expectations import Expectations
 from checks.options import EXIT_USAGE, Parser, add_expectations, expectations
 from checks.registry import TIERS
@@ -84,7 +85,8 @@ def _look(options: argparse.Namespace, name: str, expected: Expectations) -> pas
     if options.evidence:
         bundle = bundles.read(Path(options.evidence.replace("{node}", name)))
         return passive.look_at(bundle, expected, options.checks)
-    return passive.look(name, expected, options.checks, root=options.root.replace("{node}", name))
+    root = options.root.replace("{node}", name)
+    return passive.look(name, expected, options.checks, root=root, budget=options.budget)
 
 
 def _minimal(options: argparse.Namespace, expected: Expectations) -> list[CheckResult]:
@@ -126,7 +128,15 @@ def _parser() -> argparse.ArgumentParser:
         "--evidence", metavar="FILE", help="judge a bundle in place of this machine; {node} as above"
     )
     parser.add_argument("--node", default=_own_name(), help=argparse.SUPPRESS)
-    parser.add_argument("--deadline", type=float, default=gather.DEADLINE_SECONDS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET_SECONDS, help="seconds that looking may take (default 4.5)"
+    )
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        default=gather.DEADLINE_SECONDS,
+        help="seconds to wait for all nodes (default 20)",
+    )
     add_expectations(parser)
     return parser
 

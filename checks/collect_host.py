@@ -196,14 +196,17 @@ def _kind(mounts: str, path: str) -> str:
 def collect_names(source: Source, expected: Expectations) -> Names:
     own = line(source.read("/proc/sys/kernel/hostname"), "host name")
     host, _, port = (expected.master or "").rpartition(":")
-    wanted = dict.fromkeys(
-        (*([own] if isinstance(own, str) else []), *expected.peers, *([host] if host else []))
-    )
+    wanted = dict.fromkeys(([own] if isinstance(own, str) else []) + ([host] if host else []))
     resolved = {name: _addresses(source.ask("resolve", name)) for name in wanted}
     master: Reading | None = None
     if host:
         took = source.ask("connect", host, port)
         master = f"{took} ms" if isinstance(took, float) else _unlike(took, "connect")
+    for name in expected.peers:
+        resolved[name] = _addresses(source.ask("resolve", name))
+        answer = resolved[name]
+        if isinstance(answer, Unread) and answer.problem is Problem.TIMED_OUT:
+            break  # a resolver that waits for a dead server waits for every name
     return Names(own, resolved, master)
 
 

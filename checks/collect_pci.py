@@ -12,6 +12,8 @@ from checks.reading import Problem, Reading, Unread, integer, line, parsed
 FOLDER = "/sys/bus/pci/devices"
 ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 NVIDIA, MELLANOX, AMAZON = "0x10de", "0x15b3", "0x1d0f"
+EFA_DEVICES = "0xefa"
+"""0xefa0 to 0xefa3 (drivers/infiniband/hw/efa/efa_main.c, efa_pci_tbl)."""
 GPU_CLASSES = ("0x0300", "0x0302")
 """VGA and 3D controllers (include/linux/pci_ids.h)."""
 NETWORK_CLASS, INFINIBAND_CLASS = "0x02", "0x0207"
@@ -38,12 +40,19 @@ def is_adapter(device: PciDevice) -> bool:
     return str(device.pci_class).startswith(NETWORK_CLASS)
 
 
+def is_for_rdma(device: PciDevice) -> bool:
+    """An adapter that is there for RDMA alone; Mellanox's Ethernet cards serve plain networks too."""
+    return str(device.pci_class).startswith(INFINIBAND_CLASS) or device.vendor == AMAZON
+
+
 def _matters(source: Source, address: str) -> bool:
     vendor, kind = (line(source.read(f"{FOLDER}/{address}/{name}")) for name in ("vendor", "class"))
     if vendor == NVIDIA:
         return str(kind).startswith(GPU_CLASSES)
+    if vendor == AMAZON:  # whose plain network adapters are many
+        return str(line(source.read(f"{FOLDER}/{address}/device"))).startswith(EFA_DEVICES)
     return str(kind).startswith(INFINIBAND_CLASS) or (
-        vendor in (MELLANOX, AMAZON) and str(kind).startswith(NETWORK_CLASS)
+        vendor == MELLANOX and str(kind).startswith(NETWORK_CLASS)
     )
 
 

@@ -38,7 +38,7 @@ PORTS = range(20000, 32768)
 
 CANDIDATES = 6
 MOST_BYTES = 4 << 20
-NEIGHBOURS = 16
+NEIGHBOURS = 8
 """A node resolves the names of so many nodes after it: each name is looked up often, and each node asks little."""
 
 

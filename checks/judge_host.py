@@ -12,6 +12,8 @@ from checks.registry import check
 from checks.verdict import CheckResult, Verdict
 
 GIB = 1 << 30
+NO_ADDRESS = (Problem.ERROR, Problem.TIMED_OUT)
+"""The resolver's own answer that there is no such name, and a resolver that is still looking."""
 MEMLOCK_LEAST = 16 * GIB
 FILES_FAIL, FILES_WARN = 1024, 4096
 SHM_FAIL, SHM_WARN = 128 << 20, GIB
@@ -212,12 +214,16 @@ def resolve(node: Node, expected: Expectations) -> list[CheckResult]:
     strangers = [
         host
         for host, addresses in resolved.items()
-        if host in expected.peers and isinstance(addresses, Unread) and addresses.problem is Problem.ERROR
+        if host in expected.peers
+        and host != own
+        and isinstance(addresses, Unread)
+        and addresses.problem in NO_ADDRESS
     ]
     if strangers:
         # A neighbour may still be reached by its address. No name where all are unknown: such nodes are folded.
-        which = "none" if len(strangers) == len(expected.peers) else f"not {folded(strangers)}"
-        findings.append(warn(f"of {len(expected.peers)} neighbours {which} resolves", remedy))
+        asked = [host for host in expected.peers if host in resolved]
+        which = "no neighbour" if len(strangers) == len(asked) else f"not {folded(strangers)}"
+        findings.append(warn(f"{which} resolves", remedy))
     for host, addresses in resolved.items():
         if host in strangers:
             continue

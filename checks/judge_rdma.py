@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from checks.collect_pci import is_adapter, is_gpu
+from checks.collect_pci import is_for_rdma, is_gpu
 from checks.expectations import Expectations
 from checks.facts import Counter, Node, RdmaDevice, RdmaPort
 from checks.findings import Finding, blind, fail, result, warn
@@ -25,7 +25,7 @@ def without_rdma(node: Node, expected: Expectations) -> bool:
         return expected.without_rdma
     devices = node.rdma.devices
     none = devices == () or (isinstance(devices, Unread) and devices.problem is Problem.MISSING)
-    return none and (isinstance(node.pci, Unread) or not any(map(is_adapter, node.pci)))
+    return none and (isinstance(node.pci, Unread) or not any(map(is_for_rdma, node.pci)))
 
 
 def devices_of(node: Node, expected: Expectations, name: str) -> tuple[RdmaDevice, ...] | list[CheckResult]:

@@ -182,7 +182,7 @@ OTHERS: dict[str, Case] = {
                 "resolve node2",
                 {"problem": "error", "detail": "Name or service not known"},
                 WARN,
-                "neighbours none resolves",
+                "no neighbour resolves",
             ),
             one("resolve node1", ["127.0.1.1"], WARN, "node1 is 127.0.1.1"),
         ],

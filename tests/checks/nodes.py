@@ -141,7 +141,7 @@ def _pci(fabric: str) -> dict[str, Record]:
     for address, (vendor, kind, parents, node) in devices.items():
         files = {
             "vendor": vendor,
-            "device": "0x2330",
+            "device": "0xefa2" if vendor == "0x1d0f" else "0x2330",
             "class": kind,
             "numa_node": str(node),
             # drivers/pci/probe.c, pci_speed_string.

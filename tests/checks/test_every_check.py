@@ -121,6 +121,14 @@ def test_what_the_profile_says_is_not_there_is_not_missed() -> None:
     assert subjects & {"gpu", "nvlink", "pcie", "gdr", "roce", "efa"} == set()
 
 
+def test_a_resolver_that_hangs_is_asked_once() -> None:
+    """Four names of neighbours at two seconds each would be more than the preflight may take."""
+    expected = Expectations(peers=("n2", "n3", "n4"))
+    records = {**healthy(), "resolve n2": problem("timed out")}
+    result = judged("names.resolve", records, expected)
+    assert (result.verdict, result.read) == (Verdict.WARN, "no neighbour resolves")
+
+
 def test_a_tool_that_would_show_this_user_nothing_is_not_missed() -> None:
     case = CASES["pcie.acs"]
     records = {**evidence(case), "run lspci -vvv": problem("missing"), "user": value(1000)}

@@ -161,5 +161,5 @@ def test_every_name_is_looked_up_by_some_node_and_none_looks_up_all() -> None:
     nodes = tuple(f"n{number}" for number in range(1024))
     steps = [Step("token", nodes, place, 0) for place in range(1024)]
     asked = [one.neighbours for one in steps]
-    assert {len(names) for names in asked} == {16}
+    assert {len(names) for names in asked} == {8}
     assert {name for names in asked for name in names} == set(nodes)
