@@ -13,6 +13,7 @@ Exit status: 0 pass, 1 fail, 2 warn, 3 unknown, 64 usage.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 import socket
@@ -77,6 +78,7 @@ def _check(words: Sequence[str]) -> int:
     else:
         print(report.table(results, width=_width()))
         print(report.summary(results, options.node, looked.seconds))
+        print(report.costs(looked.node))
     return EXIT_CODES[worst(result.verdict for result in results)]
 
 
@@ -247,4 +249,7 @@ def _width() -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no × still gets its table
     sys.exit(main())

@@ -35,6 +35,8 @@ def imported(paths: Sequence[Path], *, part: str = "") -> Bundle:
 def _of(path: Path, part: str) -> dict[str, Record]:
     if path.is_dir():
         return _of_folder(path)
+    if path.exists() and not path.is_file():
+        raise BundleError(f"{path}: neither a file nor a folder")
     try:
         text = path.read_bytes().decode(errors="surrogateescape")
     except OSError as error:

@@ -72,7 +72,7 @@ def opened(paths: Sequence[Path], part: str = "") -> tuple[bundles.Bundle, bool]
 
 def _chosen(names: Sequence[str], expected: Expectations) -> list[Check]:
     chosen = named(names, "passive")
-    left_out = {check.name for check in named(expected.without, "passive")} if expected.without else set()
+    left_out = {check.name for check in named(expected.without, None)} if expected.without else set()
     return [check for check in chosen if check.name not in left_out]
 
 

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
+from checks.facts import Node
 from checks.hostlist import folded
 from checks.reading import shortened
 from checks.verdict import CheckResult, Verdict, worst
@@ -43,6 +44,16 @@ def summary(results: Sequence[CheckResult], what: str, seconds: float | None = N
     took = f" in {seconds:.1f} s" if seconds is not None else ""
     whole, each = worst(r.verdict for r in results).value, ", ".join(counts) or "none"
     return f"{whole}: {len(results)} checks on {what}{took}: {each}"
+
+
+def costs(node: Node) -> str:
+    """`it took gpu 1.2 s (0.15 s a GPU), rdma 1.1 s, …`: side by side, so their sum is more than the whole."""
+    each = sorted(node.seconds.items(), key=lambda one: -one[1])
+    texts = [f"{subject} {seconds:.2f} s" for subject, seconds in each if seconds >= 0.01]
+    if node.gpus.gpus and "gpu" in node.seconds:
+        share = node.seconds["gpu"] / len(node.gpus.gpus)
+        texts = [f"{text} ({share:.2f} s a GPU)" if text.startswith("gpu ") else text for text in texts]
+    return f"it took {', '.join(texts) or 'no time'}"
 
 
 def folded_table(reports: Mapping[str, Sequence[CheckResult]], *, width: int = 120) -> str:

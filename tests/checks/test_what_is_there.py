@@ -147,6 +147,12 @@ def test_only_efa_devices_count_as_rails_of_efa() -> None:
     assert judged(other, expected, "efa")["rdma.devices"].verdict is Verdict.FAIL
 
 
+def test_roce_ports_of_an_infiniband_node_are_not_judged_where_nobody_said() -> None:
+    storage = {"read /sys/class/infiniband/mlx5_1/ports/1/link_layer": value("Ethernet\n")}
+    assert "roce.gid" not in judged(storage, Expectations(gpus=2))
+    assert judged(storage, Expectations(gpus=2, fabric="roce"))["roce.gid"].verdict is Verdict.FAIL
+
+
 def test_one_lane_is_too_few_on_infiniband_alone() -> None:
     single = {
         f"read /sys/class/infiniband/mlx5_{one}/ports/1/rate": value("25 Gb/sec (1X EDR)\n") for one in (0, 1)
