@@ -21,7 +21,12 @@ from checks.lspci import DEVICE
 from checks.lspci import KEPT_LINES as LSPCI_LINES
 from checks.reading import Problem, Reading, Unread
 
-KERNEL_LINE = re.compile(r"^(?:<\d+>)?\[[^\]]{4,}\] |^\w{3} [ \d]\d [\d:]{8} \S+ kernel: |kernel: |NVRM: ")
+KERNEL_LINE = re.compile(
+    r"^(?:<\d+>)?\[[^\]]{4,}\] "  # dmesg, dmesg -T
+    r"|^[a-z]+ *:[a-z]+ *: "  # dmesg --decode
+    r"|^\d+,\d+,\d+,\S*;"  # /dev/kmsg (Documentation/ABI/testing/dev-kmsg)
+    r"|\bkernel: |^NVRM: "  # syslog, journalctl
+)
 
 
 def imported(paths: Sequence[Path], *, part: str = "") -> Bundle:

@@ -38,7 +38,7 @@ SRAM_CORRECTED_LIMIT = 10_000
 DRAM_CORRECTED_LIMIT = 20_000_000
 REMAPPED_LIMIT = 512
 MARGIN_WARN, HOT_WARN, MEMORY_HOT_WARN = 5, 85, 95
-IDLE_MEMORY = 15 << 20
+IDLE_MEMORY, IDLE_MIG_MEMORY = 15 << 20, 256 << 20
 
 
 def without_gpus(node: Node, expected: Expectations) -> bool:
@@ -174,6 +174,10 @@ def remap(node: Node, expected: Expectations) -> list[CheckResult]:
         if isinstance(rows, Unread):
             if _has_no_ecc(gpu):
                 findings.append(warn(f"GPU {gpu.index} ({gpu.name}) has no ECC", "nothing to remap"))
+            elif gpu.mig == 1 and rows.problem is Problem.UNSUPPORTED:
+                findings.append(
+                    warn(f"GPU {gpu.index} is in MIG mode, which hides it", "ask an administrator")
+                )
             else:
                 findings.append(blind(rows, f"GPU {gpu.index}"))
             continue
@@ -352,9 +356,11 @@ def memory(node: Node, expected: Expectations) -> list[CheckResult]:
         return gpus
     findings = []
     for gpu in job_gpus(node, gpus):
+        # The instances of a GPU in MIG mode hold some memory each before anybody uses them: 59 MiB in a capture.
+        idle = IDLE_MIG_MEMORY if gpu.mig == 1 else IDLE_MEMORY
         if isinstance(gpu.memory_used, Unread):
             findings.append(blind(gpu.memory_used, f"GPU {gpu.index}"))
-        elif gpu.memory_used > IDLE_MEMORY:
+        elif gpu.memory_used > idle:
             used = f"GPU {gpu.index}: {gpu.memory_used >> 20} MiB in use"
             findings.append(fail(used, "an earlier job's process holds it, or say --shared"))
     return result(

@@ -19,7 +19,7 @@ ACTIONS: dict[int, Action] = {
 }
 """What NVIDIA's Xid catalogue (docs.nvidia.com/deploy/xid-errors) asks for. 154 says it in its own text."""
 
-XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+),? ?(.*)")
+XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+),? ?(.*)")
 """kernel-open/nvidia/nv.c and nvidia-modeset print through `NVRM: Xid (PCI:%04x:%02x:%02x): %d, …`."""
 
 SXID = re.compile(r"SXid \(PCI:([0-9a-fA-F:.]+)\): (\d+),? ?(.*)")

@@ -10,7 +10,7 @@ from checks.reading import Problem, Unread
 DEVICE = re.compile(r"^(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7]) (.*)$")
 """The head of a device's paragraph, with the domain where there are several (pciutils, lspci.c show_slot_name)."""
 
-KEPT_LINES = r"^\S|ACSCtl:|<access denied>|Express \(v"
+KEPT_LINES = r"^\S|ACSCtl:|<access denied>|Capabilities: \[[0-9a-f]{2}\]"
 """All that is looked at: the whole output is a megabyte."""
 
 
@@ -33,15 +33,17 @@ def parse_lspci(text: str) -> Acs | Unread:
                 fallen.append(address)
         elif "<access denied>" in line:
             denied = True
-        elif line.lstrip().startswith("ACSCtl:") and is_bridge:
+        elif line.lstrip().startswith("ACSCtl:"):
             told = True
-            if "SrcValid+" in line:
+            if is_bridge and "SrcValid+" in line:
                 enabled.append(address)
-            if "ReqRedir+" in line:
+            if is_bridge and "ReqRedir+" in line:
                 redirecting.append(address)
-        elif line.lstrip().startswith("Capabilities: [") and not line.rstrip().endswith("<access denied>"):
+        elif line.lstrip().startswith("Capabilities: ["):
             told = True
     if not devices:
         return Unread(Problem.ERROR, "lspci: no device in its output")
+    if not told and not denied:
+        return Unread(Problem.ERROR, "lspci: no capabilities in its output: was it lspci -vvv?")
     readable = told and not denied
     return Acs(tuple(enabled), tuple(redirecting), bridges, readable, tuple(fallen))

@@ -33,11 +33,21 @@ MESSAGE = "NVRM: Xid (PCI:0000:9b:00): 79, pid='<unknown>', name=<unknown>, GPU 
         "Feb 23 16:24:18 gpu-07 kernel: ",
         "<4>[ 12.3] ",
         "kern  :warn  : [ 12.3] ",
+        "kern  :warn  : 2025-01-21T04:41:44,283302+00:00 ",
+        "6,3964,206764307,-;",
     ],
 )
 def test_what_stands_before_the_message_does_not_matter(before: str) -> None:
     (found,) = xids(before + MESSAGE + "\n")
     assert (found.address, found.number, found.action) == ("0000:9b:00", 79, "reboot")
+
+
+def test_a_log_is_known_by_its_lines(tmp_path: Path) -> None:
+    lines = ("[ 1.5] x", "[Sun Feb 23 16:24:18 2025] x", "kern  :warn  : 2025-01-21T04:41:44,2 x", "6,39,206,-;x",
+             "Feb 23 16:24:18 gpu-07 kernel: x")  # fmt: skip
+    for number, line in enumerate(lines):
+        (tmp_path / str(number)).write_text(f"{line}\n{line}\n")
+        assert list(imported([tmp_path / str(number)]).records) == ["run dmesg"], line
 
 
 def test_older_drivers_print_no_domain_and_no_name() -> None:
@@ -86,6 +96,12 @@ def test_a_device_that_is_no_bridge_does_not_count() -> None:
     found = parse_lspci("19:00.0 3D controller: NVIDIA\n\t\tACSCtl:\tSrcValid+ ReqRedir+\n")
     assert isinstance(found, Acs)
     assert found.enabled == ()
+
+
+def test_output_without_capabilities_is_no_answer() -> None:
+    found = parse_lspci("17:00.0 PCI bridge: Broadcom / LSI PEX890xx (rev b0)\n")
+    assert isinstance(found, Unread)
+    assert "was it lspci -vvv?" in found.detail
 
 
 def test_output_without_devices_is_an_error() -> None:

@@ -197,6 +197,33 @@ def test_jobs_that_share_a_node_do_not_mind_each_other() -> None:
     assert "gpu.memory" not in judged(busy, Expectations(gpus=2, exclusive=False))
 
 
+def test_what_mig_mode_holds_and_hides_is_no_failure() -> None:
+    changes = {key_of("nvml", ["nvmlDeviceGetMemoryInfo", 1]): value({"total": 1 << 36, "used": 59 << 20})}
+    changes |= {key_of("nvml", ["nvmlDeviceGetRemappedRows", 1]): problem("unsupported")}
+    mig = {key_of("nvml", ["nvmlDeviceGetMigMode", 1]): value([1, 1])}
+    plain, in_mig = judged(changes, Expectations(gpus=2)), judged({**changes, **mig}, Expectations(gpus=2))
+    assert (plain["gpu.memory"].verdict, in_mig["gpu.memory"].verdict) == (Verdict.FAIL, Verdict.PASS)
+    assert (plain["gpu.remap"].verdict, in_mig["gpu.remap"].verdict) == (Verdict.UNKNOWN, Verdict.WARN)
+
+
+@pytest.mark.parametrize(
+    ("variables", "verdict"),
+    [
+        ({"NCCL_NET": "IB"}, Verdict.FAIL),
+        ({"NCCL_NET": "Socket"}, Verdict.PASS),
+        ({"NCCL_IB_DISABLE": "1"}, Verdict.PASS),
+        ({"NCCL_NET": "Socket", "NCCL_IB_DISABLE": "1"}, Verdict.PASS),
+    ],
+)
+def test_variables_are_held_against_what_the_node_has(variables: dict[str, str], verdict: Verdict) -> None:
+    key = next(key for key in healthy() if key.startswith("environment "))
+    for listing in (value([]), problem("missing")):
+        changes = {key: value(variables), "list /sys/class/infiniband": listing}
+        assert judged(changes, Expectations(gpus=2, fabric="tcp"))["env.conflict"].verdict is verdict
+    both = {key: value({"NCCL_NET": "IB", "NCCL_IB_DISABLE": "1"})}
+    assert judged(both, Expectations(gpus=2, fabric="tcp"))["env.conflict"].verdict is Verdict.FAIL
+
+
 def test_only_the_jobs_own_gpus_must_be_free() -> None:
     variables = next(key for key in healthy() if key.startswith("environment "))
     busy = {key_of("nvml", ["nvmlDeviceGetMemoryInfo", 1]): value({"total": 1 << 36, "used": 1 << 30})}
