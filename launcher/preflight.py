@@ -54,8 +54,8 @@ def run(
     folder = attempt_dir / "preflight"
     folder.mkdir()
     with _listening() as port:
-        checks = [python, "-m", "checks", "--json", f"--gpus={spec.gpus_per_node}", f"--writable={folder}"]
-        command = [*checks, f"--master={master}:{port}"]
+        checks = [python, "-m", "checks", "--tier=minimal", "--json", f"--gpus={spec.gpus_per_node}"]
+        command = [*checks, f"--writable={folder}", f"--master={master}:{port}"]
         if allocation.job_id:
             command = [*_one_per_node(allocation), *command]
         output, complaint = _output_of(command, environment)
