@@ -33,7 +33,8 @@ def find(facts: FabricFacts, kind: FabricKind, given: Mapping[str, Given], rails
         one = everything.get(name)
         if one is not None and one.value:
             lines += [
-                f"{name}={one.value} ({one.origin}): {said}" for said in check(one.value, facts, kind, rails)
+                f"{name}={_short(one.value)} ({one.origin}): {said}"
+                for said in check(one.value, facts, kind, rails)
             ]
     return lines
 
@@ -174,6 +175,10 @@ _CHECKS = {
     "NCCL_NET": _net,
     "FI_PROVIDER": _provider,
 }
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 60 else f"{value[:57]}..."
 
 
 def _names(names: list[str]) -> str:

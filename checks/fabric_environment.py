@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from checks import fabric_contradictions
 from checks.fabric_facts import FabricFacts, FabricKind, Interface, RdmaPort
-from checks.fabric_rails import Rails, common_gid_index, rails_of
+from checks.fabric_rails import LINK_LAYERS, Rails, common_gid_index, rails_of
 from checks.given import Given
-from checks.selectors import nccl_selector
+from checks.selectors import exact_names, nccl_selector
 
 NOT_FOR_JOBS = (
     "docker",
@@ -98,8 +98,7 @@ def derive(
     draft = _Draft(facts, given)
     interface, why = _named_interface(draft) or socket_interface(facts, peer)
     if interface is None:
-        draft.notes.append(Note("NCCL_SOCKET_IFNAME", why))
-        draft.notes.append(Note("GLOO_SOCKET_IFNAME", why))
+        draft.notes.append(Note(_SOCKETS, why))
     else:
         draft.set("NCCL_SOCKET_IFNAME", f"={interface}", f"{why}; exact, a prefix would match others too")
         draft.set("GLOO_SOCKET_IFNAME", interface, f"{why}; Gloo takes an exact name")
@@ -108,7 +107,7 @@ def derive(
     if kind == "auto":
         draft.notes.append(Note("fabric=auto", _AUTO[found]))
     if found in ("infiniband", "roce"):
-        rails = rails_of(facts, found, interface)
+        rails = _named_rails(draft, found) or rails_of(facts, found, interface)
         draft.notes += [Note(port.name, reason) for port, reason in rails.left_out]
         if rails.chosen and (kind != "auto" or found == "infiniband"):
             _set_rails(draft, rails, found)
@@ -140,6 +139,7 @@ _AUTO: Mapping[str, str] = {
     "roce": "there are RDMA ports on Ethernet; NCCL chooses, until you say fabric=roce or fabric=tcp",
     "tcp": "there is no active RDMA port; NCCL uses sockets",
 }
+_SOCKETS = "NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME"
 _LOOPBACK = "fabric=loopback: all ranks are on one machine, and the fabric's file names lo"
 
 
@@ -218,7 +218,7 @@ class _Draft:
         one = self.somebodys(name)
         if one is None:
             self.settings.append(Setting(name, value, reason))
-        elif name not in self.given:
+        elif name not in self.given and one.value:
             passed_on = f"{one.origin} says so; passed on, because a container does not see that file"
             self.settings.append(Setting(name, one.value, passed_on))
 
@@ -227,6 +227,17 @@ class _Draft:
         one = self.somebodys(name)
         found = next((setting.value for setting in self.settings if setting.name == name), None)
         return one.value if one is not None else found
+
+
+def _named_rails(draft: _Draft, kind: FabricKind) -> Rails | None:
+    """The ports that somebody's NCCL_IB_HCA takes: the other variables then follow."""
+    one = draft.somebodys("NCCL_IB_HCA")
+    if one is None or not one.value:
+        return None
+    selector = nccl_selector(one.value)
+    ports = [port for port in draft.facts.ports if port.is_active and port.link_layer == LINK_LAYERS[kind]]
+    named = tuple(port for port in ports if selector.matches(port.device, port.number))
+    return Rails(named, reason=f"NCCL_IB_HCA names these ports ({one.origin})") if named else None
 
 
 def _set_rails(draft: _Draft, rails: Rails, kind: FabricKind) -> None:
@@ -309,7 +320,7 @@ def _no_efa(facts: FabricFacts, rails: Rails, interface: str | None, draft: _Dra
 def _no_socket(facts: FabricFacts, rails: Rails, interface: str | None, draft: _Draft) -> list[str]:
     if interface is not None or draft.value("NCCL_SOCKET_IFNAME") is not None:
         return []
-    reason = next(note.reason for note in draft.notes if note.subject == "NCCL_SOCKET_IFNAME")
+    reason = next(note.reason for note in draft.notes if note.subject == _SOCKETS)
     return [
         f"fabric=tcp: no interface can be chosen: {reason}; "
         "name it with env.NCCL_SOCKET_IFNAME= and env.GLOO_SOCKET_IFNAME="
@@ -318,12 +329,10 @@ def _no_socket(facts: FabricFacts, rails: Rails, interface: str | None, draft: _
 
 def _no_data(kind: FabricKind) -> _Complaints:
     def complaints(facts: FabricFacts, rails: Rails, interface: str | None, draft: _Draft) -> list[str]:
-        variable = CONTROL_VARIABLES[kind][1]
-        if draft.value(variable):
+        named = exact_names(draft.value(CONTROL_VARIABLES[kind][1]) or "")
+        if any(one.name in named for one in facts.usable):
             return []
-        return [
-            f"fabric={kind}: no interface for the GPUs on this node beside {interface}; there is {_interfaces(facts)}"
-        ]
+        return [f"fabric={kind}: no interface for the GPUs is up on this node; there is {_interfaces(facts)}"]
 
     return complaints
 

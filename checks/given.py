@@ -33,7 +33,7 @@ def parse_nccl_conf(texts: Iterable[tuple[str, str]]) -> dict[str, tuple[str, st
         seen: dict[str, tuple[str, str]] = {}
         for line in text.splitlines():
             name, equals, value = line.partition("=")
-            if equals and value and not line.startswith("#"):
+            if equals and not line.startswith("#"):
                 seen.setdefault(name, (value, file))
         found = seen | found
     return found

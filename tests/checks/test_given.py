@@ -1,0 +1,31 @@
+"""Who has set a variable: the environment, and NCCL's configuration files as NCCL reads them (src/misc/param.cc)."""
+
+from __future__ import annotations
+
+from checks.given import Given, given_by, parse_nccl_conf
+
+
+def test_only_variables_of_a_fabric_are_looked_at() -> None:
+    variables = {
+        "NCCL_DEBUG": "INFO",
+        "HOME": "/x",
+        "UCX_TLS": "",
+        "FI_PROVIDER": "efa",
+        "AWS_SECRET_ACCESS_KEY": "s",
+    }
+    assert given_by(variables, "here") == {
+        "NCCL_DEBUG": Given("INFO", "here"),
+        "UCX_TLS": Given("", "here"),
+        "FI_PROVIDER": Given("efa", "here"),
+    }
+
+
+def test_a_configuration_file_is_read_as_nccl_reads_it() -> None:
+    own = "# NCCL_NET=Socket\nNCCL_IB_HCA==mlx5_0,mlx5_1\n\nno equals sign\nNCCL_DEBUG=\nNCCL_IB_TC=41\nNCCL_IB_TC=42\n"
+    system = "NCCL_IB_HCA=mlx5\nNCCL_SOCKET_IFNAME=eth0\n"
+    assert parse_nccl_conf([("~/.nccl.conf", own), ("/etc/nccl.conf", system)]) == {
+        "NCCL_IB_HCA": ("=mlx5_0,mlx5_1", "~/.nccl.conf"),
+        "NCCL_DEBUG": ("", "~/.nccl.conf"),
+        "NCCL_IB_TC": ("41", "~/.nccl.conf"),
+        "NCCL_SOCKET_IFNAME": ("eth0", "/etc/nccl.conf"),
+    }
