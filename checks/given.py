@@ -9,6 +9,10 @@ BEGINNINGS = ("NCCL_", "GLOO_", "UCX_", "FI_", "OFI_NCCL_")
 """What NCCL, Gloo, UCX, libfabric and the EFA plugin read."""
 
 
+NOT_OF_A_FABRIC = frozenset({"NCCL_HOSTID"})
+"""Says which node this is: another value on every node, and about no network."""
+
+
 @dataclass(frozen=True)
 class Given:
     """A value and where it comes from: `your shell`, `env/fabrics/efa.yaml`, `command line`."""
@@ -19,7 +23,11 @@ class Given:
 
 def given_by(variables: Mapping[str, str], origin: str) -> dict[str, Given]:
     """Those of `variables` that a fabric is about. An empty value counts too: it leaves the choice to the library."""
-    return {name: Given(value, origin) for name, value in variables.items() if name.startswith(BEGINNINGS)}
+    return {
+        name: Given(value, origin)
+        for name, value in variables.items()
+        if name.startswith(BEGINNINGS) and name not in NOT_OF_A_FABRIC
+    }
 
 
 def parse_nccl_conf(texts: Iterable[tuple[str, str]]) -> dict[str, tuple[str, str]]:
