@@ -85,9 +85,11 @@ def _devices(value: str, facts: FabricFacts, kind: FabricKind, rails: Rails) -> 
     if kind not in (*RDMA_KINDS, "auto"):
         return
     selector = nccl_selector(value)
-    matched = [port for port in facts.ports if port.is_active and selector.matches(port.device, port.number)]
+    matched = [
+        port for port in facts.ordered_ports if port.is_active and selector.matches(port.device, port.number)
+    ]
     if not matched:
-        yield f"no active port matches; there is {_ports(facts.ports)}"
+        yield f"no active port matches; there is {_ports(facts.ordered_ports)}"
         return
     yield from _named_but_unusable(selector, facts)
     if kind in RDMA_KINDS:
@@ -101,13 +103,13 @@ def _devices(value: str, facts: FabricFacts, kind: FabricKind, rails: Rails) -> 
                 for port in matched
                 if port.device.startswith(element.name) and port.device != element.name
             ]
-            if more and any(port.device == element.name for port in facts.ports):
+            if more and any(port.device == element.name for port in facts.ordered_ports):
                 yield f"'{element.name}' is a prefix and takes in {_names(more)} too; write ={value}"
 
 
 def _named_but_unusable(selector: Selector, facts: FabricFacts) -> Iterator[str]:
-    every = [(port.device, port.number) for port in facts.ports]
-    active = [(port.device, port.number) for port in facts.ports if port.is_active]
+    every = [(port.device, port.number) for port in facts.ordered_ports]
+    active = [(port.device, port.number) for port in facts.ordered_ports if port.is_active]
     missing = selector.elements_without_match(every)
     for word in selector.elements_without_match(active):
         yield f"there is no device '{word}'" if word in missing else f"'{word}' is not active"
@@ -139,7 +141,7 @@ def _gid_index(value: str, facts: FabricFacts, kind: FabricKind, rails: Rails) -
 def _ucx_devices(value: str, facts: FabricFacts, kind: FabricKind, rails: Rails) -> Iterator[str]:
     if value == "all" or value.startswith("^"):
         return
-    active = {port.name for port in facts.ports if port.is_active}
+    active = {port.name for port in facts.ordered_ports if port.is_active}
     names = {one.name for one in facts.usable}
     missing = [word for word in exact_names(value) if word not in active | names]
     if missing:

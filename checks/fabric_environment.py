@@ -25,7 +25,6 @@ NOT_FOR_JOBS = (
     "cni",
     "flannel",
     "cali",
-    "lo",
     "ifb",
     "dummy",
     "kube-",
@@ -126,9 +125,9 @@ def derive(
 
 def detect(facts: FabricFacts, interface: str | None) -> FabricKind:
     """What the evidence looks like where nobody has named the fabric. GPUDirect-TCPX(O) has to be named."""
-    if any(port.is_active and port.link_layer == "InfiniBand" for port in facts.ports):
+    if any(port.is_active and port.link_layer == "InfiniBand" for port in facts.ordered_ports):
         return "infiniband"
-    if any(port.driver == "efa" for port in facts.ports):
+    if any(port.driver == "efa" for port in facts.ordered_ports):
         return "efa"
     return "roce" if rails_of(facts, "roce", interface).chosen else "tcp"
 
@@ -194,7 +193,7 @@ def _named_interface(draft: _Draft) -> tuple[str, str] | None:
 
 def reachable_by_others(interface: Interface) -> bool:
     """Whether another node could reach an address of it."""
-    return not interface.master and not interface.name.startswith(NOT_FOR_JOBS)
+    return interface.name != "lo" and not interface.master and not interface.name.startswith(NOT_FOR_JOBS)
 
 
 # --- RDMA, data interfaces, affinity --------------------------------------------------------------------------------
@@ -235,7 +234,9 @@ def _named_rails(draft: _Draft, kind: FabricKind) -> Rails | None:
     if one is None or not one.value:
         return None
     selector = nccl_selector(one.value)
-    ports = [port for port in draft.facts.ports if port.is_active and port.link_layer == LINK_LAYERS[kind]]
+    ports = [
+        port for port in draft.facts.ordered_ports if port.is_active and port.link_layer == LINK_LAYERS[kind]
+    ]
     named = tuple(port for port in ports if selector.matches(port.device, port.number))
     return Rails(named, reason=f"NCCL_IB_HCA names these ports ({one.origin})") if named else None
 
@@ -312,7 +313,7 @@ def _no_rails(wanted: str, kind: str) -> _Complaints:
 
 
 def _no_efa(facts: FabricFacts, rails: Rails, interface: str | None, draft: _Draft) -> list[str]:
-    if any(port.driver == "efa" and port.is_active for port in facts.ports):
+    if any(port.driver == "efa" and port.is_active for port in facts.ordered_ports):
         return []
     return [f"fabric=efa: no active EFA device on this node; there is {_ports(facts)}"]
 
@@ -354,7 +355,8 @@ def _kept(given: Mapping[str, Given]) -> tuple[Setting, ...]:
 def _ports(facts: FabricFacts) -> str:
     return (
         ", ".join(
-            f"{port.name} {port.state or 'of unknown state'} ({port.link_layer})" for port in facts.ports
+            f"{port.name} {port.state or 'of unknown state'} ({port.link_layer})"
+            for port in facts.ordered_ports
         )
         or "no RDMA device"
     )

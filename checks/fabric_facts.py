@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -43,7 +44,7 @@ class RdmaPort:
     state: str
     """`ACTIVE`, `DOWN`, `INIT`, …; empty where it could not be read."""
     link_layer: str
-    """`InfiniBand`, `Ethernet`; EFA says `Unspecified`."""
+    """`InfiniBand`, `Ethernet`; EFA has neither and says `Unknown`."""
     gbps: float | None = None
     driver: str = ""
     """`mlx5_core`, `efa`, …; empty where there is no such link, as in a capture of the class folder alone."""
@@ -116,6 +117,11 @@ class FabricFacts:
     unread: tuple[str, ...] = ()
     """What could not be read, and why: an absence there is no evidence."""
 
+    @property
+    def ordered_ports(self) -> tuple[RdmaPort, ...]:
+        """The ports by number, as people count: mlx5_2 before mlx5_10."""
+        return tuple(sorted(self.ports, key=_by_number))
+
     def interface(self, name: str) -> Interface | None:
         return next((one for one in self.interfaces if one.name == name), None)
 
@@ -124,3 +130,8 @@ class FabricFacts:
         """Interfaces that NCCL and Gloo can bind to: running and with an IPv4 route of their own; and lo."""
         routed = {route.interface for route in self.routes} | {"lo"}
         return tuple(one for one in self.interfaces if one.running and one.name in routed)
+
+
+def _by_number(port: RdmaPort) -> tuple[str, int, int]:
+    digits = re.search(r"\d+$", port.device)
+    return (port.device.rstrip("0123456789"), int(digits[0]) if digits else -1, port.number)

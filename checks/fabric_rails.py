@@ -6,7 +6,6 @@ NCCL left to itself takes every active one, of either link layer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,8 +35,7 @@ class Rails:
 def rails_of(facts: FabricFacts, kind: FabricKind, interface: str | None) -> Rails:
     """The ports of an InfiniBand or RoCE fabric. `interface` carries the node's own traffic."""
     wanted = LINK_LAYERS[kind]
-    sieve = _Sieve(sorted(facts.ports, key=_by_number))
-    sieve.drop(lambda port: port.driver == "efa", "an EFA device")
+    sieve = _Sieve(list(facts.ordered_ports))
     sieve.drop(lambda port: port.link_layer != wanted, lambda port: f"{port.link_layer}, not {wanted}")
     sieve.drop(
         lambda port: not port.is_active, lambda port: f"not active: {port.state or 'state unreadable'}"
@@ -94,12 +92,6 @@ def common_gid_index(ports: Sequence[RdmaPort]) -> tuple[int | None, str]:
     return min(
         common
     ), f"RoCE v2 with an IPv4 address on {'all ' if len(ports) > 1 else ''}{len(ports)} ports"
-
-
-def _by_number(port: RdmaPort) -> tuple[str, int, int]:
-    """mlx5_2 before mlx5_10."""
-    digits = re.search(r"\d+$", port.device)
-    return (port.device.rstrip("0123456789"), int(digits[0]) if digits else -1, port.number)
 
 
 def _has_no_routable_gid(port: RdmaPort) -> bool:

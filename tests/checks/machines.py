@@ -23,6 +23,10 @@ ROCE_GIDS = (
 """The order in which mlx5 fills the table: both types for the link-local address, then for the IPv4 one."""
 
 
+IB_GIDS = (Gid(0, "fe80:0000:0000:0000:0e42:a1ff:fe00:0001", "IB/RoCE v1"),)
+"""On InfiniBand the kernel gives every entry this type."""
+
+
 def given(**variables: str) -> dict[str, Given]:
     return {name: Given(value, "your shell") for name, value in variables.items()}
 
@@ -46,7 +50,7 @@ def dgx() -> FabricFacts:
         for index, name in enumerate(compute)
     ]  # fmt: skip
     ports += [
-        port(name, pci_path=("pci0000:f0", f"0000:f0:0{index}.0", f"{name}.0"), numa_node=1)
+        port(name, pci_path=("pci0000:00", f"0000:00:1{index}.0", f"{name}.0"), numa_node=0)
         for index, name in enumerate(("mlx5_1", "mlx5_7"))
     ]
     ports += [port("mlx5_2", "Ethernet", gbps=200, netdevs=("enp170s0f1np1",)), port("mlx5_8", state="DOWN")]
@@ -57,7 +61,7 @@ def dgx() -> FabricFacts:
     ]  # fmt: skip
     interfaces = (*up("lo", "bond0", "ibp24s0"), Interface("enp170s0f1np1", True, master="bond0"))
     routes = (Route("bond0", DEFAULT), Route("bond0", "10.1.0.0/16"), Route("ibp24s0", "172.16.0.0/16"))
-    return FabricFacts("dgx-01", tuple(ports), interfaces, routes, tuple(gpus))
+    return FabricFacts("dgx-01", tuple(reversed(ports)), interfaces, routes, tuple(gpus))
 
 
 def oci() -> FabricFacts:
@@ -92,7 +96,7 @@ def azure() -> FabricFacts:
 
 
 def aws() -> FabricFacts:
-    ports = tuple(port(f"rdmap{n}s0", "Unspecified", gbps=100, driver="efa") for n in range(32))
+    ports = tuple(port(f"rdmap{n}s0", "Unknown", gbps=100, driver="efa") for n in range(32))
     return FabricFacts(
         "aws-01",
         ports,
@@ -104,4 +108,7 @@ def aws() -> FabricFacts:
 def gcp() -> FabricFacts:
     data = ("enp6s0", "enp7s0", "enp13s0", "enp14s0", "enp134s0", "enp135s0", "enp141s0", "enp142s0")
     routes = (Route("enp0s12", DEFAULT), *(Route(name, f"192.168.{n}.0/24") for n, name in enumerate(data)))
-    return FabricFacts("gcp-01", (), up("lo", "enp0s12", *data), routes)
+    bridge = Interface("br0", True, physical=False)
+    return FabricFacts(
+        "gcp-01", (), (*up("lo", "enp0s12", *data), bridge), (*routes, Route("br0", "10.88.0.0/16"))
+    )

@@ -136,6 +136,11 @@ def test_auto_names_what_it_sees_and_pins_infiniband_only(
 # --- what somebody has set ------------------------------------------------------------------------------------------
 
 
+def test_an_empty_line_of_the_administrators_file_leaves_the_choice_to_the_library() -> None:
+    facts = dataclasses.replace(dgx(), nccl_conf={"NCCL_IB_HCA": ("", "/etc/nccl.conf")})
+    assert "NCCL_IB_HCA" not in derive(facts, "infiniband", {}).variables()
+
+
 def test_nothing_that_is_set_is_changed() -> None:
     everything = derive(oci(), "roce", {}).variables()
     mine = {name: f"mine-{name}" for name in everything}
@@ -366,6 +371,14 @@ def test_affinity_matters_where_gpus_are_on_several_numa_nodes(
             "bond0",
             "default route",
         ),
+        (
+            (Interface("eth0", True, master="br0"), *up("br0")),
+            (Route("eth0", DEFAULT, 0), Route("br0", DEFAULT, 100)),
+            None,
+            "br0",
+            "default route",
+        ),
+        (up("local0"), (Route("local0", DEFAULT),), None, "local0", "default route"),
         (up("br0"), (Route("br0", DEFAULT),), None, "br0", "default route"),
         (up("eth0"), (Route("eth0", "10.0.0.0/8"),), "192.168.7.1", None, "no route to 192.168.7.1"),
         (

@@ -15,7 +15,7 @@ ROUTES = """\
 Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
 eth0\t00000000\t010200C0\t0003\t0\t0\t100\t00000000\t0\t0\t0
 eth0\t000200C0\t00000000\t0001\t0\t0\t100\t00FFFFFF\t0\t0\t0
-eth1\t0000000A\t00000000\t0200\t0\t0\t0\t000000FF\t0\t0\t0
+*\t0000000A\t00000000\t0201\t0\t0\t0\t000000FF\t0\t0\t0
 eth1\t0000000B\t00000000\t0000\t0\t0\t0\t000000FF\t0\t0\t0
 """
 """/proc/net/route of a little-endian machine (net/ipv4/fib_trie.c, fib_route_seq_show): 192.0.2.0/24 through eth0, a
@@ -58,8 +58,10 @@ def node(tmp_path: Path) -> Path:
         f"{port}/rate": "400 Gb/sec (4X NDR)",
         f"{port}/gids/0": "fe80:0000:0000:0000:0e42:a1ff:fe00:0001",
         f"{port}/gids/1": EMPTY_GID,
+        f"{port}/gids/2": "fe80:0000:0000:0000:0e42:a1ff:fe00:0001",
         f"{port}/gids/10": "0000:0000:0000:0000:0000:ffff:0a00:0001",
         f"{port}/gid_attrs/types/0": "IB/RoCE v1",
+        f"{port}/gid_attrs/types/2": "RoCE v2",
         f"{port}/gid_attrs/types/10": "RoCE v2",
         f"{card}/numa_node": "0",
         f"{card}/net/enp24s0/address": "x",
@@ -69,6 +71,10 @@ def node(tmp_path: Path) -> Path:
         f"{gpu}/local_cpulist": "0-55,112-167",
         f"{card}/vendor": "0x15b3",
         f"{card}/class": "0x020700",
+        "sys/devices/vga/vendor": "0x1a03",  # a server's own display
+        "sys/devices/vga/class": "0x030000",
+        "sys/devices/nvswitch/vendor": "0x10de",
+        "sys/devices/nvswitch/class": "0x068000",
         "sys/class/net/eth0/operstate": "up",
         "sys/class/net/lo/operstate": "unknown",
         "sys/class/net/lo/flags": "0x9",
@@ -83,7 +89,8 @@ def node(tmp_path: Path) -> Path:
     link(tmp_path, f"{card}/driver", "sys/bus/pci/drivers/mlx5_core")
     link(tmp_path, "sys/class/net/eth0/device", "sys/devices/virtio2")
     link(tmp_path, "sys/class/net/eth1/master", "sys/devices/virtual/net/bond0")
-    for address, device in (("0000:18:00.0", card), ("0000:19:00.0", gpu)):
+    others = (("0000:03:00.0", "sys/devices/vga"), ("0000:07:00.0", "sys/devices/nvswitch"))
+    for address, device in (("0000:18:00.0", card), ("0000:19:00.0", gpu), *others):
         link(tmp_path, f"sys/bus/pci/devices/{address}", device)
     return tmp_path
 
@@ -96,6 +103,7 @@ def test_everything_is_read_where_the_kernel_has_it(node: Path) -> None:
     )  # fmt: skip
     assert port.gids == (
         Gid(0, "fe80:0000:0000:0000:0e42:a1ff:fe00:0001", "IB/RoCE v1"),
+        Gid(2, "fe80:0000:0000:0000:0e42:a1ff:fe00:0001", "RoCE v2"),
         Gid(10, "0000:0000:0000:0000:0000:ffff:0a00:0001", "RoCE v2"),
     )
     assert (port.netdevs, port.numa_node) == (("enp24s0",), 0)

@@ -13,6 +13,7 @@ def test_only_variables_of_a_fabric_are_looked_at() -> None:
         "FI_PROVIDER": "efa",
         "AWS_SECRET_ACCESS_KEY": "s",
     }
+    variables["NCCL_HOSTID"] = "n1"  # another one on each node
     assert given_by(variables, "here") == {
         "NCCL_DEBUG": Given("INFO", "here"),
         "UCX_TLS": Given("", "here"),

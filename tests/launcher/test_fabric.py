@@ -19,7 +19,7 @@ from checks.fabric_rails import Rails
 from checks.fabric_report import as_json
 from checks.given import given_by
 from launcher import fabric, node_environment
-from launcher.allocation import local_allocation
+from launcher.allocation import Allocation, local_allocation
 from launcher.clusters import fabric_files, load_fabric, load_profile, profile_files
 from launcher.config import compose
 from launcher.spec import JobSpec, UserError
@@ -109,6 +109,16 @@ def test_over_loopback_nothing_is_derived_and_that_is_written_down(tmp_path: Pat
     content = json.loads((tmp_path / node_environment.FILE).read_text())
     kept = {one["name"]: one["reason"] for one in content["nodes"][0]["kept"]}
     assert kept == dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "the job's configuration")
+
+
+def test_over_loopback_no_node_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no srun here: asking would be an error."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    chosen = spec()
+    allocation = Allocation("7", "box", ("n1", "n2"), 1, 1, 0)
+    fabric.prepare(chosen, allocation, master="127.0.0.11", attempt_dir=tmp_path, python="", environment={})
+    (entry,) = json.loads((tmp_path / node_environment.FILE).read_text())["nodes"]
+    assert entry["nodes"] == ["n1", "n2"]
 
 
 def test_this_machines_interface_is_derived_with_its_reason(tmp_path: Path) -> None:
