@@ -30,6 +30,16 @@ def given_by(variables: Mapping[str, str], origin: str) -> dict[str, Given]:
     }
 
 
+def replaced(weaker: Mapping[str, Given], stronger: Mapping[str, Given]) -> list[str]:
+    """One line for each variable whose value another place takes away: it would be a puzzle otherwise."""
+    return [
+        f"{name}={one.value} ({one.origin}): "
+        f"{stronger[name].origin} says {stronger[name].value or 'nothing'} and wins; env.{name}={one.value} keeps yours"
+        for name, one in weaker.items()
+        if name in stronger and stronger[name].value != one.value
+    ]
+
+
 def parse_nccl_conf(texts: Iterable[tuple[str, str]]) -> dict[str, tuple[str, str]]:
     """File name and text of each configuration file, the one that NCCL reads first first -> name: (value, file).
 

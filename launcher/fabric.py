@@ -16,7 +16,7 @@ from typing import Any, cast
 from checks.fabric_environment import derive
 from checks.fabric_facts import FabricFacts, FabricKind
 from checks.fabric_report import as_json, on_this_node
-from checks.given import given_by
+from checks.given import given_by, replaced
 from launcher import node_environment, preflight
 from launcher.allocation import Allocation
 from launcher.node_environment import Group, common_variables, differing_variables
@@ -70,7 +70,12 @@ def prepare(
         Finding(node, "fabric", "unknown", complaint or "no answer", "a report", "")
         for node in (silent if allocation.job_id else [])
     ]
-    return Prepared(common_variables(groups), findings, summary(spec.fabric, groups))
+    taken_away = replaced(
+        given_by(environment, "the environment of the job"),
+        given_by(spec.environment, "the job's configuration"),
+    )
+    lines = [f"fabric {spec.fabric}: {line}" for line in taken_away]
+    return Prepared(common_variables(groups), findings, [*lines, *summary(spec.fabric, groups)])
 
 
 def summary(fabric: str, groups: Sequence[Group]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from checks.fabric_environment import Derivation, Setting, derive
 from checks.fabric_reading import read_facts
 from checks.fabric_report import as_json
-from checks.given import Given, given_by
+from checks.given import Given, given_by, replaced
 from launcher.clusters import AUTO, Fabric, load_fabric, load_profile
 from launcher.overrides import last_of_each, parse_words
 from launcher.settings import read_setting
@@ -41,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    fabric, given = _asked(options.words)
+    fabric, given, taken_away = _asked(options.words)
     derivation = derive(read_facts(options.root), fabric.kind, given)
+    derivation = dataclasses.replace(derivation, warnings=(*taken_away, *derivation.warnings))
     if options.json:
         print(json.dumps({"fabric": fabric.name, **as_json(derivation)}, indent=2, ensure_ascii=False))
     elif options.shell:
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     return EXIT_UNUSABLE if derivation.errors else 0
 
 
-def _asked(words: Sequence[str]) -> tuple[Fabric, dict[str, Given]]:
+def _asked(words: Sequence[str]) -> tuple[Fabric, dict[str, Given], list[str]]:
     """The fabric, and everything that is set: this shell, the fabric's file, the profile, the words, in that order."""
     chosen: dict[str, str] = {}
     typed: dict[str, Given] = {}
@@ -78,10 +80,10 @@ def _asked(words: Sequence[str]) -> tuple[Fabric, dict[str, Given]]:
     of_profile = {
         name.removeprefix("env."): str(value) for name, value in settings.items() if name.startswith("env.")
     }
-    given = given_by(os.environ, YOURS)
-    given |= given_by(fabric.environment, fabric.file)
-    given |= given_by(of_profile, profile_file)
-    return fabric, given | typed
+    mine = given_by(os.environ, YOURS)
+    # As in a job: what was chosen for it counts more than what a shell has left over.
+    configured = given_by(fabric.environment, fabric.file) | given_by(of_profile, profile_file) | typed
+    return fabric, mine | configured, replaced(mine, configured)
 
 
 # --- pure -----------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def dgx() -> FabricFacts:
     compute = ("mlx5_0", "mlx5_3", "mlx5_4", "mlx5_5", "mlx5_6", "mlx5_9", "mlx5_10", "mlx5_11")
     ports = [
         port(name, pci_path=(f"pci0000:{index:02x}", f"0000:{index:02x}:01.0", f"0000:{index:02x}:02.0", f"{name}.0"),
-             numa_node=index // 4)
+             numa_node=index // 4, gids=IB_GIDS)
         for index, name in enumerate(compute)
     ]  # fmt: skip
     ports += [

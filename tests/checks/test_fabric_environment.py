@@ -258,6 +258,12 @@ def test_one_gid_index_for_all_ports_or_none(gids: tuple[Gid, ...], index: str |
     )
 
 
+def test_of_several_indices_that_all_ports_share_the_lowest_counts() -> None:
+    more = (*ROCE_GIDS, dataclasses.replace(ROCE_GIDS[3], index=5))
+    facts = with_ports(oci(), lambda one: dataclasses.replace(one, gids=more) if len(one.gids) > 2 else one)
+    assert derive(facts, "roce", {}).variables()["NCCL_IB_GID_INDEX"] == "3"
+
+
 def test_roce_v1_and_ipv6_entries_are_no_index() -> None:
     only_v1 = with_ports(oci(), lambda one: dataclasses.replace(one, gids=ROCE_GIDS[:3]))
     assert derive(only_v1, "roce", {}).errors
@@ -378,6 +384,10 @@ def test_affinity_matters_where_gpus_are_on_several_numa_nodes(
             "br0",
             "default route",
         ),
+        (up("virbr0"), (Route("virbr0", DEFAULT),), None, None, "reaches further"),
+        (up("veth1"), (Route("veth1", DEFAULT),), None, None, "reaches further"),
+        (up("docker0"), (Route("docker0", DEFAULT),), None, None, "reaches further"),
+        (up("lo"), (Route("lo", DEFAULT),), None, None, "reaches further"),
         (up("local0"), (Route("local0", DEFAULT),), None, "local0", "default route"),
         (up("br0"), (Route("br0", DEFAULT),), None, "br0", "default route"),
         (up("eth0"), (Route("eth0", "10.0.0.0/8"),), "192.168.7.1", None, "no route to 192.168.7.1"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from checks.given import Given, given_by, parse_nccl_conf
+from checks.given import Given, given_by, parse_nccl_conf, replaced
 
 
 def test_only_variables_of_a_fabric_are_looked_at() -> None:
@@ -19,6 +19,15 @@ def test_only_variables_of_a_fabric_are_looked_at() -> None:
         "UCX_TLS": Given("", "here"),
         "FI_PROVIDER": Given("efa", "here"),
     }
+
+
+def test_only_a_value_that_changes_is_said_to_be_replaced() -> None:
+    mine = given_by({"NCCL_NET": "IB", "NCCL_IB_TC": "41", "NCCL_IB_SL": "0", "UCX_TLS": "tcp"}, "your shell")
+    theirs = given_by({"NCCL_NET": "Socket", "NCCL_IB_TC": "41", "NCCL_IB_SL": ""}, "a file")
+    assert replaced(mine, theirs) == [
+        "NCCL_NET=IB (your shell): a file says Socket and wins; env.NCCL_NET=IB keeps yours",
+        "NCCL_IB_SL=0 (your shell): a file says nothing and wins; env.NCCL_IB_SL=0 keeps yours",
+    ]
 
 
 def test_a_configuration_file_is_read_as_nccl_reads_it() -> None:

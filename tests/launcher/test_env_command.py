@@ -77,6 +77,24 @@ def test_the_shells_own_variables_stay_and_need_no_line(
     )
 
 
+def test_a_files_value_wins_over_the_shells_as_in_a_job_and_that_is_said(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_NET", "Socket")
+    assert main(["env", "fabric=infiniband", f"--root={root}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if line.startswith("NCCL_NET")] == [["NCCL_NET", "IB"]]
+    assert lines[-1] == (
+        "warning: NCCL_NET=Socket (your shell): env/fabrics/infiniband.yaml says IB and wins; "
+        "env.NCCL_NET=Socket keeps yours"
+    )
+    assert main(["env", "fabric=infiniband", f"--root={root}", "env.NCCL_NET=Socket"]) == 0
+    assert (
+        "warning: NCCL_NET=Socket (command line): fabric=infiniband is another transport"
+        in capsys.readouterr().out
+    )
+
+
 def test_a_profile_brings_its_fabric_and_its_variables(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

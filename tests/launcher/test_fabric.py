@@ -147,6 +147,17 @@ def test_what_the_job_or_the_shell_has_set_stays(tmp_path: Path) -> None:
     assert any("NCCL_SOCKET_IFNAME=eth9" in line for line in prepared.lines)
 
 
+def test_what_the_configuration_takes_from_the_shell_is_said(tmp_path: Path) -> None:
+    lines = prepare(spec("fabric=tcp"), tmp_path, {"NCCL_NET": "IB"}).lines
+    assert lines[0] == (
+        "fabric tcp: NCCL_NET=IB (the environment of the job): the job's configuration says Socket and wins; "
+        "env.NCCL_NET=IB keeps yours"
+    )
+    assert not [
+        line for line in prepare(spec("fabric=tcp"), tmp_path, {"NCCL_NET": "Socket"}).lines if "wins" in line
+    ]
+
+
 def test_a_fabric_that_is_not_there_blocks(tmp_path: Path) -> None:
     if Path("/sys/class/infiniband").exists():
         pytest.skip("this machine has RDMA devices")
