@@ -54,7 +54,7 @@ def test_nodes_that_differ_are_said_and_each_rank_gets_its_own_nodes_value(
     )
     python.chmod(0o755)
     run = submit_entrypoint(
-        launcher, "nodes=2", "tasks_per_node=1", "fabric=tcp", f"python={python}", mode="torch"
+        launcher, "nodes=2", "tasks_per_node=1", "fabric=tcp", f"python={python}", mode="look"
     )
     record = ended(run)
     assert record["state"] == "done", record
