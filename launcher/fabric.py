@@ -50,7 +50,8 @@ def prepare(
 ) -> Prepared:
     """Derive the variables on every node and leave environment.json in the attempt's folder."""
     reports, complaint = _ask(spec, allocation, master, python, {**environment, **spec.environment})
-    groups = node_environment.grouped(reports)
+    place = {node: number for number, node in enumerate(allocation.nodes)}
+    groups = node_environment.grouped(sorted(reports, key=lambda report: place.get(report["node"], 0)))
     node_environment.write(attempt_dir, spec.fabric, groups)
     silent = [node for node in allocation.nodes if node not in {report["node"] for report in reports}]
     findings = [
