@@ -54,7 +54,7 @@ def run(
     folder = attempt_dir / "preflight"
     folder.mkdir()
     with _listening() as port:
-        checks = [python, "-m", "checks", "--json", f"--gpus={spec.gpus_per_node}", f"--writable={folder}"]
+        checks = [python, "-m", "checks", "--tier=minimal", "--json", f"--gpus={spec.gpus_per_node}", f"--writable={folder}"]
         command = [*checks, f"--master={master}:{port}"]
         if allocation.job_id:
             command = [*one_per_node(allocation), *command]

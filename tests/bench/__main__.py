@@ -3,7 +3,8 @@
 The three ways take turns (A B C A B C …), so that a machine that slows down slows all of them. Each submits the same
 script to the same box, to start in an hour, and is timed as a whole process. Printed: minimum, median and maximum, and
 differences and ratios of turns, not of medians. Then the controller: from the first line of the batch script to the
-start of the tasks, preflight included. Last, what a thousand ranks cost, by simulation (tests/bench/scale.py).
+start of the tasks, preflight included. Then what a thousand ranks cost, by simulation (tests/bench/scale.py),
+and what the preflight of a thousand nodes costs, from synthetic evidence (tests/bench/preflight.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from launcher import box, runs
 from launcher.codeversion import version_of
 from launcher.paths import REPOSITORY
-from tests.bench import scale
+from tests.bench import preflight, scale
 
 TURNS = 9
 CONTROLLED_RUNS = 7
@@ -53,7 +54,9 @@ def main() -> int:
     finally:
         box.down(name)
     print()
-    return scale.main()
+    status = scale.main()
+    print("\n# Preflight\n")
+    return status or preflight.main()
 
 
 def _machine() -> str:

@@ -1,0 +1,331 @@
+"""What `nvidia-smi` prints, as the answers of NVML that it was made of. Pure; for importing captures only.
+
+`nvidia-smi -q` is a tree by indentation (`Name   : value`), `nvidia-smi nvlink -s` a list of links for each GPU. Where
+the text says N/A, or that the functionality has been deprecated, NVML had answered that it is not supported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from checks.collect_gpu import (
+    AGGREGATE,
+    CORRECTED,
+    DRAM,
+    LINK_COUNT,
+    LINK_SPEED,
+    MEMORY_TEMPERATURE,
+    RECOVERY_ACTION,
+    SLOWDOWN,
+    SRAM,
+    UNCORRECTED,
+    VOLATILE,
+)
+from checks.evidence import Record, key_of
+from checks.reading import NOT_A_VALUE
+
+Tree = dict[str, str]
+"""`PCI/GPU Link Info/Link Width/Current` -> `16x`."""
+
+QUERY = "==============NVSMI LOG=============="
+ARCHITECTURES = {
+    "Kepler": 2,
+    "Maxwell": 3,
+    "Pascal": 4,
+    "Volta": 5,
+    "Turing": 6,
+    "Ampere": 7,
+    "Ada Lovelace": 8,
+}
+ARCHITECTURES |= {"Hopper": 9, "Blackwell": 10}
+ACTIONS = {
+    "none": 0,
+    "reset": 1,
+    "gpu reset": 1,
+    "reboot": 2,
+    "node reboot": 2,
+    "drain p2p": 3,
+    "drain and reset": 4,
+}
+REASONS = {
+    "Idle": 0x1,
+    "Applications Clocks Setting": 0x2,
+    "SW Power Cap": 0x4,
+    "HW Slowdown": 0x8,
+    "Sync Boost": 0x10,
+    "SW Thermal Slowdown": 0x20,
+    "HW Slowdown/HW Thermal Slowdown": 0x40,
+    "HW Slowdown/HW Power Brake Slowdown": 0x80,
+    "Display Clock Setting": 0x100,
+}
+FABRIC_STATES = {"not started": 1, "in progress": 2, "completed": 3}
+LINK = re.compile(r"\s+Link (\d+): (?:([\d.]+) GB/s|<?(\w+)>?)")
+
+
+def looks_like(text: str) -> bool:
+    nvlink = re.search(r"^GPU \d+: .*\(UUID: ", text, re.MULTILINE) and LINK.search(text)
+    return QUERY in text or bool(nvlink) or "NVIDIA-SMI has failed" in text or "No devices were found" in text
+
+
+def records(text: str, part: str = "") -> dict[str, Record]:
+    """NVML's answers. A session that holds several `-q` is told by `part` (`idle`, `load`); else the first counts.
+
+    Raises:
+        ValueError: there is no such part; the line names those that are there.
+    """
+    found: dict[str, Record] = {}
+    if "No devices were found" in text:
+        _put(found, {"value": 0}, "nvmlDeviceGetCount")
+    elif "NVIDIA-SMI has failed" in text:
+        _put(
+            found, {"problem": "missing", "detail": "NVIDIA-SMI has failed: no driver"}, "nvmlDeviceGetCount"
+        )
+    if QUERY in text:
+        found |= _of_query(_part(text, part))
+    return found | _of_links(text, counted="nvml nvmlDeviceGetCount" in found)
+
+
+def _part(text: str, part: str) -> str:
+    pieces = text.split(QUERY)
+    names = [re.findall(r"^# (\w+) ::", before, re.MULTILINE)[-1:] for before in pieces[:-1]]
+    titles = [name[0] if name else "" for name in names]
+    if part and part not in titles:
+        raise ValueError(
+            f"no part {part!r} in this capture: {', '.join(filter(None, titles)) or 'it has one alone'}"
+        )
+    piece = pieces[1 + (titles.index(part) if part else 0)]
+    return piece.partition("\n#####")[0]
+
+
+def _of_query(text: str) -> dict[str, Record]:
+    found: dict[str, Record] = {}
+    head, *bodies = re.split(r"^GPU ([0-9A-Fa-f:.]+)\n", text, flags=re.MULTILINE)
+    top = dict(_tree(head))
+    _put(found, _value(top.get("Attached GPUs"), int), "nvmlDeviceGetCount")
+    _put(found, _value(top.get("Driver Version"), str), "nvmlSystemGetDriverVersion")
+    _put(found, _value(top.get("CUDA Version"), _cuda), "nvmlSystemGetCudaDriverVersion")
+    for index, (address, body) in enumerate(zip(bodies[::2], bodies[1::2], strict=True)):
+        _of_gpu(found, index, address, body)
+    return found
+
+
+def _of_gpu(found: dict[str, Record], index: int, address: str, body: str) -> None:
+    tree = dict(_tree(body))
+
+    def put(record: Record, function: str, *args: Any) -> None:
+        _put(found, record, function, index, *args)
+
+    def field(number: int, record: Record) -> None:
+        found[key_of("nvml_field", [index, number, 1])] = {"value": [record]}
+
+    def take(path: str, kind: Any) -> Record:
+        return _value(tree.get(path), kind)
+
+    put({"value": {"busId": address}}, "nvmlDeviceGetPciInfo")
+    put(take("Product Name", str), "nvmlDeviceGetName")
+    put(take("GPU UUID", str), "nvmlDeviceGetUUID")
+    put(take("Product Architecture", lambda text: ARCHITECTURES[text]), "nvmlDeviceGetArchitecture")
+    put(
+        _members(total=take("FB Memory Usage/Total", _mib), used=take("FB Memory Usage/Used", _mib)),
+        "nvmlDeviceGetMemoryInfo",
+    )
+    put(_list(take("ECC Mode/Current", _enabled), take("ECC Mode/Pending", _enabled)), "nvmlDeviceGetEccMode")
+    put(_list(take("MIG Mode/Current", _enabled), take("MIG Mode/Pending", _enabled)), "nvmlDeviceGetMigMode")
+    field(RECOVERY_ACTION, take("GPU Recovery Action", lambda text: ACTIONS[text.lower()]))
+    field(MEMORY_TEMPERATURE, take("Temperature/Memory Current Temp", _first))
+    ecc = "ECC Errors"
+    put(_sum(tree, f"{ecc}/Volatile/", "Uncorrectable"), "nvmlDeviceGetTotalEccErrors", UNCORRECTED, VOLATILE)
+    for verdict, word in ((UNCORRECTED, "Uncorrectable"), (CORRECTED, "Correctable")):
+        for place, name in ((SRAM, "SRAM"), (DRAM, "DRAM")):
+            total = _sum(tree, f"{ecc}/Aggregate/{name} ", word)
+            put(total, "nvmlDeviceGetMemoryErrorCounter", verdict, AGGREGATE, place)
+    rows = [
+        take(f"Remapped Rows/{name}", kind)
+        for name, kind in (
+            ("Correctable Error", int),
+            ("Uncorrectable Error", int),
+            ("Pending", _yes),
+            ("Remapping Failure Occurred", _yes),
+        )
+    ]
+    put(
+        _value(tree["Remapped Rows"], int) if "Remapped Rows" in tree else _list(*rows),
+        "nvmlDeviceGetRemappedRows",
+    )
+    put(_reasons(tree), "nvmlDeviceGetCurrentClocksEventReasons")
+    put(take("Temperature/GPU Current Temp", _first), "nvmlDeviceGetTemperature", 0)
+    put(take("Temperature/GPU Slowdown Temp", _first), "nvmlDeviceGetTemperatureThreshold", SLOWDOWN)
+    put(take("Temperature/GPU T.Limit Temp", _first), "nvmlDeviceGetMarginTemperature")
+    link = "PCI/GPU Link Info"
+    put(take(f"{link}/PCIe Generation/Current", int), "nvmlDeviceGetCurrPcieLinkGeneration")
+    put(take(f"{link}/PCIe Generation/Max", int), "nvmlDeviceGetMaxPcieLinkGeneration")
+    put(take(f"{link}/Link Width/Current", _lanes), "nvmlDeviceGetCurrPcieLinkWidth")
+    put(take(f"{link}/Link Width/Max", _lanes), "nvmlDeviceGetMaxPcieLinkWidth")
+    put(_processes(body), "nvmlDeviceGetComputeRunningProcesses")
+    put(_fabric(tree), "nvmlDeviceGetGpuFabricInfoV")
+
+
+def _of_links(text: str, *, counted: bool) -> dict[str, Record]:
+    """NVLinks of `nvidia-smi nvlink -s`; names and count of the GPUs too, where no -q told them."""
+    found: dict[str, Record] = {}
+    heads = list(re.finditer(r"^GPU (\d+): (.*?) \(UUID: ([^)]*)\)$", text, re.MULTILINE))
+    blocks = {}
+    for head in heads:
+        rest = text[head.end() :].lstrip("\n").splitlines()
+        rows = [match for row in rest[: next((n for n, row in enumerate(rest) if not LINK.match(row)), len(rest))]
+                if (match := LINK.match(row))]  # fmt: skip
+        if rows or head[1] not in blocks:
+            blocks[head[1]] = (head, rows)
+    with_links = {number: one for number, one in blocks.items() if one[1]}
+    for number, (head, rows) in with_links.items():
+        index = int(number)
+        if not counted:
+            _put(found, {"value": head[2]}, "nvmlDeviceGetName", index)
+            _put(found, {"value": head[3]}, "nvmlDeviceGetUUID", index)
+        found[key_of("nvml_field", [index, LINK_COUNT, 1])] = {"value": [{"value": len(rows)}]}
+        speeds = [_value(row[2], lambda gigabytes: int(float(gigabytes) * 1000)) for row in rows]
+        found[key_of("nvml_field", [index, LINK_SPEED, len(rows)])] = {"value": speeds}
+        for place, row in enumerate(rows):
+            _put(found, {"value": int(row[2] is not None)}, "nvmlDeviceGetNvLinkState", index, place)
+    if with_links and not counted:
+        _put(found, {"value": len(with_links)}, "nvmlDeviceGetCount")
+    return found
+
+
+def _tree(text: str) -> Iterator[tuple[str, str]]:
+    stack: list[tuple[int, str]] = []
+    for row in text.splitlines():
+        if not row.strip():
+            continue
+        depth = len(row) - len(row.lstrip())
+        name, colon, value = row.strip().partition(" : ")
+        if not colon and row.rstrip().endswith(" :"):
+            name = row.strip()[:-2]
+        while stack and stack[-1][0] >= depth:
+            stack.pop()
+        name = name.strip()
+        if colon:
+            yield "/".join([*(one for _, one in stack), name]), value.strip()
+        stack.append((depth, name))
+
+
+# --- values -----------------------------------------------------------------------------------------------
+
+
+def _put(found: dict[str, Record], record: Record, function: str, *args: Any) -> None:
+    found[key_of("nvml", [function, *args])] = record
+
+
+def _value(text: str | None, kind: Any) -> Record:
+    if text is None:
+        return {"problem": "not recorded", "detail": "not in this output of nvidia-smi"}
+    if "is lost" in text:
+        return {"problem": "error", "detail": text, "nvml": 15}
+    if NOT_A_VALUE.fullmatch(text):
+        problem = (
+            "not permitted" if "Permission" in text else "error" if "Unknown Error" in text else "unsupported"
+        )
+        return {"problem": problem, "detail": f"nvidia-smi says {text}"}
+    try:
+        return {"value": kind(text)}
+    except (ValueError, KeyError, IndexError):
+        return {"problem": "error", "detail": f"nvidia-smi says {text!r}"}
+
+
+def _list(*records: Record) -> Record:
+    return next(
+        (one for one in records if "value" not in one), {"value": [one.get("value") for one in records]}
+    )
+
+
+def _members(**records: Record) -> Record:
+    broken = next((one for one in records.values() if "value" not in one), None)
+    return broken or {"value": {name: one["value"] for name, one in records.items()}}
+
+
+def _sum(tree: Mapping[str, str], start: str, word: str) -> Record:
+    """All counters whose name begins so and holds the word: parity and SEC-DED errors are told apart since 535."""
+    parts = [
+        _value(text, int) for path, text in tree.items() if path.startswith(start) and f" {word}" in path
+    ]
+    if not parts:
+        return {"problem": "not recorded", "detail": f"no {word} in this output of nvidia-smi"}
+    return next(
+        (one for one in parts if "value" not in one), {"value": sum(one.get("value", 0) for one in parts)}
+    )
+
+
+def _reasons(tree: Mapping[str, str]) -> Record:
+    for title in ("Clocks Event Reasons", "Clocks Throttle Reasons"):
+        known = {bit: tree[f"{title}/{name}"] for name, bit in REASONS.items() if f"{title}/{name}" in tree}
+        if known:
+            strange = [text for text in known.values() if text not in ("Active", "Not Active")]
+            if strange:
+                return _value(strange[0], int)
+            return {"value": sum(bit for bit, text in known.items() if text == "Active")}
+        if title in tree:
+            return _value(tree[title], int)
+    return _value(None, int)
+
+
+def _processes(body: str) -> Record:
+    section = re.search(r"^    Processes\s*(?:: (.*))?\n((?:        .*\n?)*)", body, re.MULTILINE)
+    if section is None:
+        return _value(None, int)
+    if section[1] and section[1].strip() != "None":
+        return _value(section[1].strip(), int)
+    found: list[dict[str, Any]] = []
+    for row in section[2].splitlines():
+        name, _, value = (part.strip() for part in row.partition(":"))
+        if name == "Process ID" and value.isdigit():
+            found.append({"pid": int(value)})
+        elif found:
+            found[-1][name] = value
+    return {"value": [{"pid": one["pid"]} for one in found if "C" in one.get("Type", "C")]}
+
+
+def _fabric(tree: Mapping[str, str]) -> Record:
+    state = tree.get("Fabric/State", tree.get("Fabric"))
+    if state is None or NOT_A_VALUE.fullmatch(state):
+        return _value(state, int)
+    if state.lower() not in FABRIC_STATES:
+        return {"problem": "error", "detail": f"fabric state {state!r}"}
+    cluster = tree.get("Fabric/ClusterUUID", "").replace("-", "")
+    clique = tree.get("Fabric/CliqueId", "0")
+    status = tree.get("Fabric/Status", "")
+    return {
+        "value": {
+            "state": FABRIC_STATES[state.lower()],
+            # The text of another status is not a number; 999 is NVML's unknown error.
+            "status": 0 if status in ("Success", "N/A") else 999,
+            "cliqueId": int(clique) if clique.isdigit() else 0,
+            "clusterUuid": list(bytes.fromhex(cluster)) if re.fullmatch(r"[0-9a-fA-F]{32}", cluster) else [],
+        }
+    }
+
+
+def _first(text: str) -> int:
+    return int(text.split()[0])
+
+
+def _mib(text: str) -> int:
+    return int(text.removesuffix("MiB")) << 20
+
+
+def _lanes(text: str) -> int:
+    return int(text.removesuffix("x"))
+
+
+def _enabled(text: str) -> int:
+    return {"Enabled": 1, "Disabled": 0}[text]
+
+
+def _yes(text: str) -> int:
+    return {"Yes": 1, "No": 0}[text]
+
+
+def _cuda(text: str) -> int:
+    major, minor = text.split(".")
+    return int(major) * 1000 + int(minor) * 10
