@@ -282,7 +282,7 @@ def places(facts: FabricFacts, ports: Sequence[RdmaPort]) -> tuple[Place, ...]:
     for index, gpu in enumerate(facts.gpus):
         shared = {port.device: _shared(gpu.pci_path, port.pci_path) for port in ports}
         most = max(shared.values(), default=0)
-        near = [device for device, depth in shared.items() if most > 1 and depth == most]
+        near = [device for device, depth in shared.items() if most > 0 and depth == most]
         if not near and gpu.numa_node is not None:
             near = [port.device for port in ports if port.numa_node == gpu.numa_node]
         found.append(Place(index, gpu.address, gpu.numa_node, gpu.cpus, tuple(dict.fromkeys(near))))
@@ -290,7 +290,7 @@ def places(facts: FabricFacts, ports: Sequence[RdmaPort]) -> tuple[Place, ...]:
 
 
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many bridges two PCI paths have in common, from the host bridge down."""
+    """How many bridges two PCI paths have in common, from the root port down."""
     return next(
         (depth for depth, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
         min(len(one), len(other)),

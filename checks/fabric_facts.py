@@ -52,7 +52,7 @@ class RdmaPort:
     """Network interfaces of the same card."""
     gids: tuple[Gid, ...] = ()
     pci_path: tuple[str, ...] = ()
-    """PCI addresses from the host bridge down to the card itself; empty where unknown."""
+    """PCI addresses from the root port down to the card itself; empty where unknown."""
     numa_node: int | None = None
 
     @property

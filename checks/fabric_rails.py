@@ -112,8 +112,8 @@ def _every_gpu_has_a_port(facts: FabricFacts, ports: Sequence[RdmaPort]) -> bool
 
 
 def _share_a_switch(one: Sequence[str], other: Sequence[str]) -> bool:
-    """The same host bridge and the same port of it: what is below one root port together is below one switch."""
-    return len(one) > 2 and len(other) > 2 and one[:2] == other[:2]
+    """The same root port: what is below one together is below one switch. Without a bridge nothing is shared."""
+    return len(one) > 1 and len(other) > 1 and one[0] == other[0]
 
 
 def _summary(ports: Sequence[RdmaPort], wanted: str) -> str:

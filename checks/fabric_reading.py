@@ -1,174 +1,155 @@
-"""Reads the facts of a node's networks from /sys/class, /proc/net and nccl.conf. File system.
+"""The preflight's facts of a node, as those that a fabric's variables are derived from. Asks a Source.
 
-`root` is / on a live node; in a test it is a folder with the same files. Formats: kernel
-Documentation/ABI/stable/sysfs-class-infiniband, Documentation/ABI/testing/sysfs-class-net, net/ipv4/fib_trie.c
-(/proc/net/route: addresses are hexadecimal in the byte order of the CPU).
+What the preflight collects is used as it is (RDMA ports, interfaces, PCI devices); what only a fabric is about (the
+routes, NCCL's configuration files, interfaces that no check looks at) is read here. On a bundle it answers the same.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import os
-import re
-import socket
 import sys
 from collections.abc import Mapping
-from pathlib import Path
+from typing import TypeVar
 
+from checks import facts
+from checks.collect_network import NET, collect_interfaces, collect_rdma
+from checks.collect_pci import FOLDER as PCI
+from checks.collect_pci import collect_pci, is_gpu
+from checks.evidence import Live, Source
 from checks.fabric_facts import FabricFacts, Gid, Gpu, Interface, RdmaPort, Route
 from checks.given import parse_nccl_conf
+from checks.reading import Problem, Unread
 
-NVIDIA_VENDOR, DISPLAY_CLASSES = "0x10de", ("0x0300", "0x0302")
-EMPTY_GID = "0000:0000:0000:0000:0000:0000:0000:0000"
-_PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]|pci[0-9a-f]{4,}:[0-9a-f]{2}")
+ROUTES = "/proc/net/route"
+LOOPBACK_KIND = 772
+UP = 0x1
+"""IFF_UP in /sys/class/net/NAME/flags."""
+
+T = TypeVar("T")
 
 
-def read_facts(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> FabricFacts:
-    """Everything that can be read; what cannot is named in `unread`."""
-    reader = _Reader(root)
+class Glance(Live):
+    """This machine without a second look: counters that grow are the preflight's business, and cost a second."""
+
+    def wait(self, seconds: float) -> None:
+        pass
+
+
+def read_facts(source: Source, name: str, environment: Mapping[str, str]) -> FabricFacts:
+    """Collect what is needed, and no more. `environment` says where NCCL's configuration files are."""
+    rdma = collect_rdma(source)
+    return facts_of(name, rdma, collect_interfaces(source, rdma), collect_pci(source), source, environment)
+
+
+def facts_of(
+    name: str,
+    rdma: facts.Rdma,
+    interfaces: tuple[facts.Interface, ...] | Unread,
+    pci: tuple[facts.PciDevice, ...] | Unread,
+    source: Source,
+    environment: Mapping[str, str],
+) -> FabricFacts:
+    """What a preflight has collected on the node, with the rest read from the same source."""
+    sieve = _Known()
+    devices = sieve.known(pci, ())
+    routes = sieve.known(source.read(ROUTES), "")
+    try:
+        parsed = parse_routes(routes)
+    except ValueError as error:
+        sieve.unread.append(f"{ROUTES}: {error}")
+        parsed = []
     return FabricFacts(
-        node=environment.get("SLURMD_NODENAME") or socket.gethostname(),
-        ports=tuple(reader.ports()),
-        interfaces=tuple(reader.interfaces()),
-        routes=tuple(reader.routes()),
-        gpus=tuple(reader.gpus()),
-        nccl_conf=parse_nccl_conf(reader.nccl_conf(environment)),
-        unread=tuple(reader.unread),
+        node=name,
+        ports=tuple(sieve.ports(rdma, {device.address: device for device in devices})),
+        interfaces=tuple(sieve.interfaces(interfaces, source)),
+        routes=tuple(parsed),
+        gpus=tuple(sieve.gpu(device, source) for device in devices if is_gpu(device)),
+        nccl_conf=parse_nccl_conf(sieve.nccl_conf(source, environment)),
+        unread=tuple(dict.fromkeys(sieve.unread)),
     )
 
 
-class _Reader:
-    def __init__(self, root: Path) -> None:
-        self.root = root
+class _Known:
+    """Facts without their gaps, which are kept: a gap is no absence, except where the machine has no such thing."""
+
+    def __init__(self) -> None:
         self.unread: list[str] = []
 
-    def text(self, path: Path) -> str:
-        """The content, stripped; empty where there is no such file. Another error is noted: it is no absence."""
-        try:
-            return path.read_text(errors="replace").strip()
-        except (FileNotFoundError, NotADirectoryError):
-            return ""
-        except OSError as error:
-            self.unread.append(f"{path}: {error.strerror}")
-            return ""
+    def known(self, value: T | Unread, otherwise: T) -> T:
+        if not isinstance(value, Unread):
+            return value
+        if value.problem not in (Problem.MISSING, Problem.UNSUPPORTED, Problem.NOT_RECORDED):
+            self.unread.append(str(value))
+        return otherwise
 
-    def entries(self, path: Path) -> list[Path]:
-        try:
-            return sorted(path.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            self.unread.append(f"{path}: {error.strerror}")
-            return []
+    def ports(self, rdma: facts.Rdma, pci: Mapping[str, facts.PciDevice]) -> list[RdmaPort]:
+        return [
+            self._port(device, port, pci) for device in self.known(rdma.devices, ()) for port in device.ports
+        ]
 
-    # --- RDMA -------------------------------------------------------------------------------------------------------
+    def _port(
+        self, device: facts.RdmaDevice, port: facts.RdmaPort, pci: Mapping[str, facts.PciDevice]
+    ) -> RdmaPort:
+        card = pci.get(self.known(device.pci, ""))
+        return RdmaPort(
+            device=device.name,
+            number=port.port,
+            state=self.known(port.state, "").partition(":")[2].strip(),  # "4: ACTIVE"
+            link_layer=self.known(port.link_layer, ""),
+            gbps=self.known(port.gigabits, None),
+            driver=self.known(device.driver, ""),
+            netdevs=device.interfaces,
+            gids=tuple(
+                Gid(gid.index, gid.gid, self.known(gid.kind, "")) for gid in self.known(port.gids, ())
+            ),
+            pci_path=self._path(card),
+            numa_node=self._numa_node(device.numa_node),
+        )
 
-    def ports(self) -> list[RdmaPort]:
-        found = []
-        for device in self.entries(self.root / "sys/class/infiniband"):
-            card = device / "device"
-            for port in self.entries(device / "ports"):
-                if port.name.isdecimal():
-                    found.append(
-                        RdmaPort(
-                            device=device.name,
-                            number=int(port.name),
-                            state=self.text(port / "state").partition(":")[2].strip(),  # "4: ACTIVE"
-                            link_layer=self.text(port / "link_layer"),
-                            gbps=gigabits(self.text(port / "rate")),
-                            driver=(card / "driver").resolve().name if (card / "driver").exists() else "",
-                            netdevs=tuple(one.name for one in self.entries(card / "net")),
-                            gids=tuple(self.gids(port)),
-                            pci_path=pci_path(card),
-                            numa_node=numa_node(self.text(card / "numa_node")),
-                        )
-                    )
-        return found
+    def interfaces(self, collected: tuple[facts.Interface, ...] | Unread, source: Source) -> list[Interface]:
+        """Those that the preflight looks at, and the bridges and pairs that it does not: NCCL sees them too."""
+        found = {one.name: self._interface(one, source) for one in self.known(collected, ())}
+        for name in self.known(source.list(NET), ()):
+            state = source.read(f"{NET}/{name}/operstate") if name not in found else ""
+            if isinstance(state, str) and state:
+                found[name] = Interface(name, self._running(name, state.strip(), source), physical=False)
+        return [found[name] for name in sorted(found)]
 
-    def gids(self, port: Path) -> list[Gid]:
-        """The filled entries. Reading the type of an empty one fails with EINVAL, which is how sysfs says empty."""
-        found = []
-        for path in self.entries(port / "gids"):
-            address = self.text(path) if path.name.isdecimal() else ""
-            if address and address != EMPTY_GID:
-                kind = self.text(port / "gid_attrs" / "types" / path.name)
-                found.append(Gid(int(path.name), address, kind))
-        return sorted(found, key=lambda gid: gid.index)
+    def _interface(self, one: facts.Interface, source: Source) -> Interface:
+        running = self._running(one.name, self.known(one.state, ""), source)
+        return Interface(one.name, running, one.master or "", physical=isinstance(one.pci, str))
 
-    # --- interfaces and routes --------------------------------------------------------------------------------------
+    def _running(self, name: str, state: str, source: Source) -> bool:
+        """lo and tunnels say "unknown" while they work (kernel Documentation/networking/operstates.rst)."""
+        if state != "unknown":
+            return state == "up"
+        flags = self.known(source.read(f"{NET}/{name}/flags"), "").strip()
+        return bool(int(flags, 16) & UP) if flags.startswith("0x") else False
 
-    def interfaces(self) -> list[Interface]:
-        found = []
-        for path in self.entries(self.root / "sys/class/net"):
-            if not path.is_dir():
-                continue  # bonding_masters is a file there
-            state = self.text(path / "operstate")
-            master = path / "master"
-            found.append(
-                Interface(
-                    name=path.name,
-                    # lo and tunnels say "unknown" while they work (kernel Documentation/networking/operstates.rst)
-                    running=state == "up" or (state == "unknown" and self._is_up(path)),
-                    master=Path(os.readlink(master)).name if master.is_symlink() else "",
-                    physical=(path / "device").exists(),
-                )
-            )
-        return found
+    def gpu(self, device: facts.PciDevice, source: Source) -> Gpu:
+        cpus = self.known(source.read(f"{PCI}/{device.address}/local_cpulist"), "").strip()
+        return Gpu(device.address, self._numa_node(device.numa_node), cpus, self._path(device))
 
-    def _is_up(self, path: Path) -> bool:
-        flags = self.text(path / "flags")
-        return bool(int(flags, 16) & 1) if flags else False
+    def _path(self, device: facts.PciDevice | None) -> tuple[str, ...]:
+        return () if device is None else (*self.known(device.parents, ()), device.address)
 
-    def routes(self) -> list[Route]:
-        path = self.root / "proc/net/route"
-        try:
-            return parse_routes(self.text(path))
-        except ValueError as error:
-            self.unread.append(f"{path}: {error}")
-            return []
+    def _numa_node(self, number: int | Unread) -> int | None:
+        """-1 is the kernel's word for unknown, as on every virtual machine without a firmware table."""
+        known: int | None = number if isinstance(number, int) else None
+        return known if known is not None and known >= 0 else None
 
-    # --- GPUs, configuration ----------------------------------------------------------------------------------------
-
-    def gpus(self) -> list[Gpu]:
-        found = []
-        for path in self.entries(self.root / "sys/bus/pci/devices"):
-            if self.text(path / "vendor") != NVIDIA_VENDOR:
-                continue
-            if self.text(path / "class").startswith(DISPLAY_CLASSES):
-                node = numa_node(self.text(path / "numa_node"))
-                found.append(Gpu(path.name, node, self.text(path / "local_cpulist"), pci_path(path)))
-        return found
-
-    def nccl_conf(self, environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    def nccl_conf(self, source: Source, environment: Mapping[str, str]) -> list[tuple[str, str]]:
         """The files in NCCL's order: its own file replaces the one in the home folder, /etc/nccl.conf comes last."""
-        own = environment.get("NCCL_CONF_FILE", "")
         home = environment.get("HOME", "")
-        files = [own or (f"{home}/.nccl.conf" if home else ""), "/etc/nccl.conf"]
-        return [(file, self.text(self.root / file.lstrip("/"))) for file in files if file]
-
-
-def gigabits(text: str) -> float | None:
-    """`400 Gb/sec (4X NDR)` -> 400; None where no rate is said."""
-    match = re.match(r"([\d.]+) Gb/sec", text)
-    return float(match[1]) if match else None
-
-
-def numa_node(text: str) -> int | None:
-    """-1 is the kernel's word for unknown, as on every virtual machine without a firmware table."""
-    return int(text) if text.isdecimal() else None
-
-
-def pci_path(link: Path) -> tuple[str, ...]:
-    """PCI addresses from the host bridge to the device itself; empty where the link leads to no PCI device."""
-    if not link.exists():
-        return ()
-    return tuple(part for part in link.resolve().parts if _PCI_ADDRESS.fullmatch(part))
+        own = environment.get("NCCL_CONF_FILE", "") or (f"{home}/.nccl.conf" if home else "")
+        return [(file, self.known(source.read(file), "")) for file in (own, "/etc/nccl.conf") if file]
 
 
 def parse_routes(text: str) -> list[Route]:
     """/proc/net/route, without rejecting routes (flag 0x200) and those that are down (flag 1 missing).
 
-    Raises ValueError for a line of another form.
+    Addresses are hexadecimal in the byte order of the CPU (net/ipv4/fib_trie.c, fib_route_seq_show). Raises ValueError
+    for a line of another form.
     """
     found = []
     for line in text.splitlines()[1:]:

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import get_args
 
 from checks.fabric_environment import Derivation, derive
 from checks.fabric_facts import FabricKind
-from checks.fabric_reading import read_facts
+from checks.fabric_reading import Glance, read_facts
 from checks.given import Given, given_by
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ,
         configured=frozenset(options.configured.split(",")),
         peer=options.peer,
-        root=options.root,
+        root=str(options.root),
     )
     print(json.dumps(as_json(derivation)))
     return 1 if derivation.errors else 0
@@ -40,7 +41,7 @@ def on_this_node(
     *,
     configured: frozenset[str] = frozenset(),
     peer: str | None = None,
-    root: Path = Path("/"),
+    root: str = "/",
 ) -> Derivation:
     """Read this node and derive. `configured` are the variables that the job's configuration has set."""
     given = {
@@ -49,7 +50,13 @@ def on_this_node(
         )
         for name, one in given_by(environment, "").items()
     }
-    return derive(read_facts(root, environment), kind, given, peer)
+    with Glance(root) as source:
+        facts = read_facts(source, node_name(environment), environment)
+    return derive(facts, kind, given, peer)
+
+
+def node_name(environment: Mapping[str, str]) -> str:
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def as_json(derivation: Derivation) -> dict[str, object]:

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from checks.fabric_environment import Derivation, Setting, derive
-from checks.fabric_reading import read_facts
-from checks.fabric_report import as_json
+from checks.fabric_reading import Glance, read_facts
+from checks.fabric_report import as_json, node_name
 from checks.given import Given, given_by, replaced
 from launcher.clusters import AUTO, Fabric, load_fabric, load_profile
 from launcher.overrides import last_of_each, parse_words
@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     fabric, given, taken_away = _asked(options.words)
-    derivation = derive(read_facts(options.root), fabric.kind, given)
+    with Glance(str(options.root)) as source:
+        facts = read_facts(source, node_name(os.environ), os.environ)
+    derivation = derive(facts, fabric.kind, given)
     derivation = dataclasses.replace(derivation, warnings=(*taken_away, *derivation.warnings))
     if options.json:
         print(json.dumps({"fabric": fabric.name, **as_json(derivation)}, indent=2, ensure_ascii=False))

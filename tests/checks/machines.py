@@ -45,18 +45,18 @@ def dgx() -> FabricFacts:
     """Eight compute ports beside their GPUs, two storage ports as fast, one Ethernet port, one port that is down."""
     compute = ("mlx5_0", "mlx5_3", "mlx5_4", "mlx5_5", "mlx5_6", "mlx5_9", "mlx5_10", "mlx5_11")
     ports = [
-        port(name, pci_path=(f"pci0000:{index:02x}", f"0000:{index:02x}:01.0", f"0000:{index:02x}:02.0", f"{name}.0"),
+        port(name, pci_path=(f"0000:{index:02x}:01.0", f"0000:{index:02x}:02.0", f"{name}.0"),
              numa_node=index // 4, gids=IB_GIDS)
         for index, name in enumerate(compute)
     ]  # fmt: skip
     ports += [
-        port(name, pci_path=("pci0000:00", f"0000:00:1{index}.0", f"{name}.0"), numa_node=0)
+        port(name, pci_path=(f"0000:00:1{index}.0", f"{name}.0"), numa_node=0)
         for index, name in enumerate(("mlx5_1", "mlx5_7"))
     ]
     ports += [port("mlx5_2", "Ethernet", gbps=200, netdevs=("enp170s0f1np1",)), port("mlx5_8", state="DOWN")]
     gpus = [
         Gpu(f"0000:{index:02x}:00.0", index // 4, "0-55" if index < 4 else "56-111",
-            (f"pci0000:{index:02x}", f"0000:{index:02x}:01.0", f"0000:{index:02x}:03.0", f"gpu{index}.0"))
+            (f"0000:{index:02x}:01.0", f"0000:{index:02x}:03.0", f"gpu{index}.0"))
         for index in range(8)
     ]  # fmt: skip
     interfaces = (*up("lo", "bond0", "ibp24s0"), Interface("enp170s0f1np1", True, master="bond0"))
@@ -81,17 +81,14 @@ def oci() -> FabricFacts:
 
 def azure() -> FabricFacts:
     """Eight InfiniBand functions in a virtual machine, and accelerated networking."""
-    ports = [port(f"mlx5_ib{n}", pci_path=(f"pci010{n}:00", f"010{n}:00:00.0")) for n in range(8)]
+    ports = [port(f"mlx5_ib{n}", pci_path=(f"010{n}:00:00.0",)) for n in range(8)]
     ports.append(port("mlx5_an0", "Ethernet", gbps=100, netdevs=("eth1",)))
     interfaces = (
         *up("lo", "eth0", "docker0", *(f"ib{n}" for n in range(8))),
         Interface("eth1", True, master="eth0"),
     )
     routes = (Route("eth0", DEFAULT), Route("docker0", "172.17.0.0/16"), Route("ib0", "172.16.1.0/24"))
-    gpus = tuple(
-        Gpu(f"000{n + 1}:00:00.0", n // 4, "0-47", (f"pci000{n + 1}:00", f"000{n + 1}:00:00.0"))
-        for n in range(8)
-    )
+    gpus = tuple(Gpu(f"000{n + 1}:00:00.0", n // 4, "0-47", (f"000{n + 1}:00:00.0",)) for n in range(8))
     return FabricFacts("azure-01", tuple(ports), interfaces, routes, gpus)
 
 

@@ -1,15 +1,19 @@
-"""Files under /sys, /proc and /etc -> facts, by the production reader: on trees made here and on a captured one."""
+"""A node's files -> facts of its networks, by the production collectors: trees made here, a bundle, a captured tree."""
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
+from checks import fabric_reading
+from checks.evidence import Recorded
 from checks.fabric_environment import derive
 from checks.fabric_facts import FabricFacts, Gid, Gpu, Interface, Route
-from checks.fabric_reading import EMPTY_GID, read_facts
+from checks.fabric_reading import Glance, parse_routes
 
 ROUTES = """\
 Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
@@ -21,7 +25,13 @@ eth1\t0000000B\t00000000\t0000\t0\t0\t0\t000000FF\t0\t0\t0
 """/proc/net/route of a little-endian machine (net/ipv4/fib_trie.c, fib_route_seq_show): 192.0.2.0/24 through eth0, a
 rejecting route (RTF_REJECT 0x200), and one that is not up (RTF_UP 0x1)."""
 
-NO_ENVIRONMENT = {"SLURMD_NODENAME": "n1"}
+EMPTY_GID = ":".join(["0000"] * 8)
+NO_ENVIRONMENT: dict[str, str] = {}
+
+
+def read_facts(root: Path, environment: dict[str, str]) -> FabricFacts:
+    with Glance(str(root)) as source:
+        return fabric_reading.read_facts(source, "n1", environment)
 
 
 def captures() -> Path:
@@ -107,8 +117,8 @@ def test_everything_is_read_where_the_kernel_has_it(node: Path) -> None:
         Gid(10, "0000:0000:0000:0000:0000:ffff:0a00:0001", "RoCE v2"),
     )
     assert (port.netdevs, port.numa_node) == (("enp24s0",), 0)
-    assert port.pci_path == ("pci0000:15", "0000:15:01.0", "0000:16:00.0", "0000:18:00.0")
-    path = ("pci0000:15", "0000:15:01.0", "0000:17:00.0", "0000:19:00.0")
+    assert port.pci_path == ("0000:15:01.0", "0000:16:00.0", "0000:18:00.0")
+    path = ("0000:15:01.0", "0000:17:00.0", "0000:19:00.0")
     assert facts.gpus == (Gpu("0000:19:00.0", None, "0-55,112-167", path),)
     assert facts.interfaces == (
         Interface("eth0", True, physical=True),
@@ -137,18 +147,34 @@ def test_a_machine_without_any_of_it_is_empty_and_nothing_was_unreadable(tmp_pat
     assert read_facts(tmp_path, NO_ENVIRONMENT) == FabricFacts("n1")
 
 
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("proc/net/route", "Iface Destination\neth0 xyz"),
-        ("proc/net/route", "Iface\n" + "eth0 zz zz zz zz zz zz zz"),
-    ],
-)
-def test_what_has_another_form_is_named_and_never_a_traceback(node: Path, file: str, text: str) -> None:
-    write(node, {file: text})
+def test_a_bundle_gives_the_same_facts(node: Path) -> None:
+    with Glance(str(node)) as source:
+        live = fabric_reading.read_facts(source, "n1", {"HOME": "/home/u"})
+    recorded = Recorded(json.loads(json.dumps(source.records)))
+    assert fabric_reading.read_facts(recorded, "n1", {"HOME": "/home/u"}) == live
+
+
+@pytest.mark.parametrize("text", ["Iface Destination\neth0 xyz", "Iface\n" + "eth0 zz zz zz zz zz zz zz"])
+def test_routes_of_another_form_are_named_and_never_a_traceback(node: Path, text: str) -> None:
+    write(node, {"proc/net/route": text})
+    (line,) = read_facts(node, NO_ENVIRONMENT).unread
+    assert line.startswith("/proc/net/route: ")
+
+
+def test_a_route_of_another_form_is_an_error_for_the_parser() -> None:
+    assert parse_routes("") == []
+    with pytest.raises(ValueError, match="not a route: eth0 00000000"):
+        parse_routes("Iface\neth0 00000000")
+
+
+def test_what_never_answers_costs_its_deadline_and_is_no_absence(node: Path) -> None:
+    (node / "proc/net/route").unlink()
+    os.mkfifo(node / "proc/net/route")
+    began = time.monotonic()
     facts = read_facts(node, NO_ENVIRONMENT)
-    assert len(facts.unread) == 1
-    assert facts.unread[0].startswith(str(node / file))
+    assert time.monotonic() - began < 10
+    assert facts.ports, "the rest was not read"
+    assert any("/proc/net/route" in line and "no answer" in line for line in facts.unread)
 
 
 @pytest.mark.parametrize(
@@ -186,13 +212,19 @@ def test_a_folder_that_cannot_be_read_is_no_absence(tmp_path: Path) -> None:
     folder.parent.mkdir(parents=True)
     folder.symlink_to(folder)  # a loop: an error for root too, unlike a missing permission
     facts = read_facts(tmp_path, NO_ENVIRONMENT)
-    (line,) = facts.unread
-    assert line.startswith(f"{folder}: ")
+    (line,) = [line for line in facts.unread if "/sys/class/infiniband" in line]
     assert line in derive(facts, "infiniband", {}).errors[0]
 
 
+def test_a_glance_does_not_wait_for_counters_to_grow() -> None:
+    began = time.monotonic()
+    with Glance("/") as source:
+        source.wait(5)
+    assert time.monotonic() - began < 3
+
+
 def test_this_machine_can_be_read() -> None:
-    facts = read_facts()
+    facts = read_facts(Path("/"), NO_ENVIRONMENT)
     assert facts.interface("lo") is not None
     assert facts.unread == ()
 
