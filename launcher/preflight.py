@@ -57,8 +57,8 @@ def run(
         checks = [python, "-m", "checks", "--tier=minimal", "--json", f"--gpus={spec.gpus_per_node}"]
         command = [*checks, f"--writable={folder}", f"--master={master}:{port}"]
         if allocation.job_id:
-            command = [*_one_per_node(allocation), *command]
-        output, complaint = _output_of(command, environment)
+            command = [*one_per_node(allocation), *command]
+        output, complaint = output_of(command, environment)
     reports = [json.loads(line) for line in output.splitlines() if line.startswith('{"node"')]
     findings = blocking_findings(reports, allocation.nodes if allocation.job_id else (), complaint)
     written = {path.name.removeprefix("node-") for path in folder.iterdir()}
@@ -92,7 +92,7 @@ def blocking_findings(reports: list[dict[str, Any]], nodes: tuple[str, ...], com
     return findings
 
 
-def _one_per_node(allocation: Allocation) -> list[str]:
+def one_per_node(allocation: Allocation) -> list[str]:
     nodes = len(allocation.nodes)
     return [
         "srun",
@@ -108,7 +108,7 @@ def _one_per_node(allocation: Allocation) -> list[str]:
     ]
 
 
-def _output_of(command: list[str], environment: Mapping[str, str]) -> tuple[str, str]:
+def output_of(command: list[str], environment: Mapping[str, str]) -> tuple[str, str]:
     """What the checks printed, and the last line of complaint (their non-zero status alone is not one)."""
     try:
         done = subprocess.run(
