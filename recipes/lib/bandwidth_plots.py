@@ -134,13 +134,12 @@ def new_figure(width: float, height: float, title: str, subtitle: str) -> Figure
     """An empty picture with its titles. Without pyplot: no display is looked for, nothing global is left behind."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    engine = figure.get_layout_engine()
-    assert engine is not None
     room = 0.62 / height  # inches for the two lines of titles
-    engine.set(rect=(0, 0, 1, 1 - room))
+    figure.set_layout_engine(ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - room)))
     figure.text(0.012, 1 - 0.1 / height, title, fontsize=13, fontweight="bold", va="top", color=INK)
     figure.text(0.012, 1 - 0.38 / height, subtitle, fontsize=8.5, va="top", color=GREY)
     return figure

@@ -102,7 +102,7 @@ def limit_between(links: Sequence[Link]) -> Limit | None:
 
 def links_of_all(world: World) -> list[Link]:
     """Every rank's link, on every rank."""
-    mine = link_of(read_machine("", read_gpus()), _gpu_uuid(world.device), _boot_id())
+    mine = link_of(read_machine("", read_gpus()), gpu_uuid(world.device), _boot_id())
     found = [mine] * world.size
     if world.size > 1:
         dist.all_gather_object(found, mine)
@@ -123,7 +123,8 @@ def link_of(machine: Machine, gpu_uuid: str, boot_id: str) -> Link:
     return Link(boot_id, None, "", cards)
 
 
-def _gpu_uuid(device: torch.device) -> str:
+def gpu_uuid(device: torch.device) -> str:
+    """As NVML spells it; empty for a CPU."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
 
 

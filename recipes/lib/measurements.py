@@ -42,14 +42,12 @@ class Measurements:
         """`steps` is how many measurements there will be."""
         self.directory = run_directory(recipe, world)
         self._world, self._steps, self._step = world, steps, 0
+        self._began = time.time()
         self._heartbeat = Heartbeat(attempt_folder(), world.rank)
         self._heartbeat.beat(0, "start")
         about = {"kind": "about", "recipe": recipe, **facts(world)}
-        self._results, self._metrics = (
-            (Lines(self.directory / RESULTS_FILE), Lines(self.directory / METRICS_FILE))
-            if world.is_first
-            else (None, None)
-        )
+        self._results = Lines(self.directory / RESULTS_FILE) if world.is_first else None
+        self._metrics = Lines(self.directory / METRICS_FILE) if world.is_first else None
         if world.is_first:
             (self.directory / SHOWN_FILE).unlink(missing_ok=True)  # an earlier attempt's
         self.hardware = str(about["hardware"])
@@ -70,8 +68,10 @@ class Measurements:
         self._heartbeat.beat(self._step, "step")
         self.note(kind="measurement", what=what, **figures)
         if self._metrics is not None:
-            progress = {"step": self._step, "steps": self._steps, "what": what}
-            self._metrics.append({"time": time.time(), "attempt": attempt(), **progress})
+            now = time.time()
+            progress = {"step": self._step, "steps": self._steps, "what": what, "seconds": now - self._began}
+            self._metrics.append({"time": now, "attempt": attempt(), **progress})
+            self._began = now
         reason = (
             OF_THIS_PROCESS.agreed(self._world.rank, attempt_folder()) if self._step < self._steps else None
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _MOST_LINKS = 18
@@ -56,7 +59,7 @@ def read_gpus(nvml: Any = None) -> list[Gpu]:
     `nvml` is the module pynvml, or what stands in for it. Raises its NVMLError for a driver that is there and broken.
     """
     if nvml is None:
-        import pynvml as nvml
+        nvml = importlib.import_module("pynvml")
     try:
         nvml.nvmlInit()
     except (nvml.NVMLError_LibraryNotFound, nvml.NVMLError_DriverNotLoaded):
@@ -66,6 +69,21 @@ def read_gpus(nvml: Any = None) -> list[Gpu]:
         return [_gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]
     finally:
         nvml.nvmlShutdown()
+
+
+def recorded_gpus(file: Path) -> list[Gpu]:
+    """The GPUs of another machine, from a JSON list with the fields of Gpu; [] where there is no such file."""
+    if not file.exists():
+        return []
+    return [
+        Gpu(
+            **{
+                **entry,
+                "links_to_gpu": tuple((address, count) for address, count in entry.get("links_to_gpu", ())),
+            }
+        )
+        for entry in json.loads(file.read_text())
+    ]
 
 
 def _gpu(nvml: Any, handle: Any) -> Gpu:

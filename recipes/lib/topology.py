@@ -29,7 +29,7 @@ _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _ROOT_COMPLEX = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 _GIGATRANSFERS = re.compile(r"([\d.]+) GT/s")
 _NVIDIA, _DISPLAY = "0x10de", ("0x0300", "0x0302")
-_SUPPORTED_ENCODING = {2.5: 0.8, 5.0: 0.8}
+_EARLY_ENCODING = {2.5: 0.8, 5.0: 0.8}
 """Data bits per bit on the wire: 8b/10b in the first two generations, 128b/130b from 8 GT/s on."""
 
 
@@ -86,7 +86,7 @@ class Machine:
             links = self.gpus[names.index(one.name)].links_to(self.gpus[names.index(other.name)])
             if links:
                 return f"NV{links}"
-        return pcie_relation(one, other)
+        return pcie_relation(one, other, one_socket=len(self.numa) == 1)
 
     def matrix(self) -> list[list[str]]:
         """The relation of every device to every other one."""
@@ -98,14 +98,17 @@ class Machine:
         return dataclasses.replace(self, name="", gpus=gpus)
 
 
-def pcie_relation(one: Device, other: Device) -> str:
+def pcie_relation(one: Device, other: Device, *, one_socket: bool = False) -> str:
     """What a message between two devices passes on PCIe. Pure.
+
+    Where the firmware does not say which socket a device belongs to, they are taken for far apart, unless there is one
+    socket alone.
 
     By where their paths part, as NCCL did before it had a graph (pciDistance, src/topo.cc of 2.4).
     """
     if not one.path or not other.path or one.path[0] != other.path[0]:
-        known = one.numa == other.numa and one.numa >= 0
-        return "NODE" if known else "SYS"
+        together = one_socket or (one.numa == other.numa and one.numa >= 0)
+        return "NODE" if together else "SYS"
     shared = 0
     for mine, its in zip(one.path, other.path, strict=False):
         if mine != its:
@@ -174,8 +177,6 @@ def _cards(infiniband: Path, net: Path) -> list[Device]:
     """RDMA devices by their own name, and Ethernet interfaces that belong to none of them."""
     found, taken = [], set()
     for card in sorted(infiniband.glob("*"), key=lambda path: _natural(path.name)):
-        if "bond" in card.name:
-            continue  # its members are listed themselves
         device = _device(card.name, "nic", read_text(card / "hca_type") or "RDMA", card / "device")
         taken.add((card / "device").resolve())
         found.append(dataclasses.replace(device, gigabytes=_rdma_gigabytes(card)))
@@ -221,7 +222,7 @@ def pcie_link(function: Path) -> tuple[str, float | None]:
     if speed is None or not width.isdigit() or not int(width):
         return "", None
     transfers = float(speed[1])
-    encoding = _SUPPORTED_ENCODING.get(transfers, 128 / 130)
+    encoding = _EARLY_ENCODING.get(transfers, 128 / 130)
     return f"{transfers:g} GT/s x{width}", transfers * encoding * int(width) / 8
 
 

@@ -57,7 +57,8 @@ class NcclLog:
 def parse_nccl_log(lines: Iterable[str]) -> NcclLog:
     """Read a log. Pure. A line that is not known says nothing."""
     found: dict[str, str] = {}
-    ways, choices, warnings, multicast = {}, {}, [], False
+    ways, choices = dict[tuple[int, int], str](), dict[tuple[str, int], str]()
+    warnings, multicast = list[str](), False
     for line in lines:
         if channel := _CHANNEL.search(line):
             # The first way that is named: later channels differ in nothing but the card's number.
