@@ -54,7 +54,7 @@ def test_sbatch_of_the_rendered_file(launcher: Launcher, tmp_path: Path) -> None
 
 
 def test_a_broken_rank_is_named_in_the_run_s_reason(launcher: Launcher) -> None:
-    where = ("cluster=box", "nodes=2", "tasks_per_node=1", "restarts=0")
+    where = ("cluster=box", "nodes=2", "tasks_per_node=1")
     words = ("args.large=64K", "args.spoilt_rank=1", *QUICK)
     done = launcher("submit", "recipe=ch1_nccl", *where, *words, "--wait", status=None)
     assert done.returncode != 0
