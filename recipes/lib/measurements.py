@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import __main__
 from recipes.lib.distributed import LaunchError, World, attempt, run_directory
 from recipes.lib.heartbeat import Heartbeat
 from recipes.lib.lines import Lines
@@ -143,7 +142,7 @@ def facts(world: World) -> dict[str, Any]:
 
 def command() -> str:
     """What was started on every rank, without who started it."""
-    spec = getattr(__main__, "__spec__", None)
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = spec.name.removesuffix(".__main__") if spec is not None else sys.argv[0]
     return shlex.join(["python", "-m", name, *sys.argv[1:]])
 

@@ -115,5 +115,5 @@ def test_who_waits_least_is_who_comes_last(ranks: int) -> None:
 
 def test_chance_names_nobody() -> None:
     assert late_rank(waited(4, None, by=0.0)) is None
-    assert late_rank(waited(4, 2, by=0.005, share=0.3)) is None
+    assert late_rank(waited(4, 2, by=0.005, share=0.6)) is None, "late in most rounds, but not reliably"
     assert late_rank(waited(4, 2, by=1e-4)) is None, "too little to matter"

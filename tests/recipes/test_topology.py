@@ -18,7 +18,7 @@ from PIL import Image
 
 from recipes.ch1.topology import kinds_of_node, text_of
 from recipes.lib.nvlinks import Gpu, read_gpus, recorded_gpus, sysfs_address
-from recipes.lib.topology import RELATIONS, Machine, pcie_link, read_machine
+from recipes.lib.topology import RELATIONS, Device, Machine, pcie_link, pcie_relation, read_machine
 from recipes.lib.topology_picture import draw_machine, pcie_tree
 from tests.recipes.synthetic_machines import GEN5, dgx, ethernet, file, pci, pcie_box, rdma, socket
 
@@ -69,6 +69,26 @@ def test_distances_in_a_machine_with_a_switch_for_every_gpu(
 )
 def test_distances_in_a_machine_with_bridges(small: Machine, one: str, other: str, word: str) -> None:
     assert between(small, one, other) == word
+
+
+@pytest.mark.parametrize(
+    ("below_one", "below_other", "word"),
+    [
+        (["0000:03:00.0"], ["0000:03:00.1"], "PIX"),  # two functions of a device
+        (["0000:02:00.0", "0000:03:00.0"], ["0000:02:01.0", "0000:04:00.0"], "PIX"),  # two ports of a switch
+        (
+            ["0000:02:00.0", "0000:03:00.0", "0000:04:00.0"],
+            ["0000:02:01.0", "0000:06:00.0"],
+            "PXB",
+        ),  # one port deeper
+    ],
+)
+def test_bridges_are_counted(below_one: list[str], below_other: list[str], word: str) -> None:
+    above = ["pci0000:00", "0000:00:01.0"]
+    one, other = (
+        Device("", "nic", "", path[-1], (*above, *path), 0, "", None) for path in (below_one, below_other)
+    )
+    assert pcie_relation(one, other) == pcie_relation(other, one) == word
 
 
 def test_without_nvlink_the_way_is_pcie_s(small: Machine) -> None:
