@@ -90,7 +90,8 @@ def check_collectives(args: NcclArgs, world: World, results: Measurements) -> di
         line |= {"small": latency, "large": whole, "busbw_gb_s": bus}
         results.add(f"{name}: {time_text(latency['seconds'])}, {bus:.3g} GB/s", **line)
         rows.append([name, "right", *(time_text(each["seconds"]) for each in (latency, whole)), f"{bus:.3f}"])
-    sizes = (f"{size_text(args.small_bytes)} takes", f"{size_text(args.large_bytes)} takes")
+    both = (rounded_elements(each, place.size) for each in (args.small_bytes, args.large_bytes))
+    sizes = (f"{size_text(elements * ELEMENT_BYTES)} takes" for elements in both)
     results.show(table(["collective", "result", *sizes, "busbw GB/s"], rows))
     return found
 

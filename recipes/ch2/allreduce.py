@@ -38,7 +38,7 @@ from recipes.lib.schedules import ring_all_reduce, tree_all_reduce
 from recipes.lib.tables import size_text, table, time_text
 from recipes.lib.timing import Timing, measure
 from recipes.lib.training import recipe_main
-from recipes.lib.transports import nccl_log, read_nccl_log, ways_of_all
+from recipes.lib.transports import logged_call, nccl_log, read_nccl_log, ways_of_all
 
 BY_HAND = {"ring": ring_all_reduce, "tree": tree_all_reduce}
 ADDED_UP_BY_RANKS = ("ring", "tree")
@@ -124,29 +124,31 @@ def main() -> None:
                 for size in args.sizes:
                     size, timing = measured(case, size, world, args)
                     algorithm, bus = bandwidths(case.collective, size, timing.seconds, case.place.size)
+                    choices = read_nccl_log(log).choices if args.log_choices else {}
                     line: dict[str, Any] = {
                         "collective": case.collective, "algorithm": case.algorithm, "scope": case.scope,
                         "ranks": case.place.size, "size": size, "algbw_gb_s": algorithm, "busbw_gb_s": bus,
                         "correct": True, **timing.figures(),
+                        "chosen": choices.get(logged_call(case.collective, size, case.place.size), ""),
                     }  # fmt: skip
                     results.add(f"{case.label} {size_text(size)}: {bus:.3g} GB/s bus bandwidth", **line)
                     curves[case.label].append({**line, "spread": timing.spread})
             ways = ways_of_all(world, log)
             results.note(kind="transport", **ways)
             if world.is_first:
-                chosen = read_nccl_log(log).choices
                 for label, lines in curves.items():
                     results.show(f"\n{label}, {lines[0]['ranks']} ranks, {ways['library']}")
-                    results.show(_table(lines, {size: text for (_, size), text in chosen.items()}))
+                    results.show(_table(lines))
                 _draw(results, curves, found, ways["library"], world)
 
 
-def _table(lines: list[dict[str, Any]], chosen: dict[int, str]) -> str:
+def _table(lines: list[dict[str, Any]]) -> str:
+    chosen = any(each["chosen"] for each in lines)
     rows = [
         [
             *(size_text(each["size"]), time_text(each["seconds"]), f"{each['spread']:.0%}"),
             *(f"{each['algbw_gb_s']:.3f}", f"{each['busbw_gb_s']:.3f}"),
-            *([chosen.get(each["size"], "")] if chosen else []),
+            *([each["chosen"]] if chosen else []),
         ]
         for each in lines
     ]

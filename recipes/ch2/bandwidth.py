@@ -26,7 +26,7 @@ from recipes.lib.bandwidth_plots import Curve, Level, bandwidth_and_time_png
 from recipes.lib.collectives import ELEMENT_BYTES, WrongResult, numbers, rounded_elements
 from recipes.lib.distributed import World, joined
 from recipes.lib.limits import TOLERANCE, Impossible, gpu_uuid
-from recipes.lib.measurements import Measurements
+from recipes.lib.measurements import Measurements, connect
 from recipes.lib.nvlinks import read_gpus
 from recipes.lib.tables import size_text, table, time_text
 from recipes.lib.timing import Timing, measure, most
@@ -155,6 +155,7 @@ def main() -> None:
     args = parse_or_exit(BandwidthArgs)
     sizes = [rounded_elements(size, 1) * ELEMENT_BYTES for size in args.sizes]
     with nccl_log() as log, joined(args.device) as world:
+        connect(world)
         found = list(roads(world))
         lines: dict[str, list[dict[str, Any]]] = {road.name: [] for road in found}
         with Measurements("ch2_bandwidth", world, len(found) * len(sizes)) as results:

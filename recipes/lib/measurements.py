@@ -110,9 +110,18 @@ class Measurements:
 
 
 def several(world: World) -> None:
-    """Raise LaunchError where this rank is alone: there is nobody to talk to."""
+    """Connect all ranks. Raises LaunchError where this one is alone: there is nobody to talk to."""
     if world.size < 2:
         raise LaunchError("one rank alone has nobody to talk to: start two or more (tasks_per_node=2)")
+    connect(world)
+
+
+def connect(world: World) -> None:
+    """The first collective, of all ranks: NCCL makes its communicator in it.
+
+    A message between two ranks alone would make it as well, and wait for the others for ever.
+    """
+    dist.all_reduce(torch.ones(1, device=world.device))
 
 
 def facts(world: World) -> dict[str, Any]:

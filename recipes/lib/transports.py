@@ -81,6 +81,12 @@ def parse_nccl_log(lines: Iterable[str]) -> NcclLog:
 _SINGLE = {"version": _VERSION, "network": _NETWORK, "devices": _DEVICES, "plugin": _PLUGIN}
 
 
+def logged_call(collective: str, size: int, ranks: int) -> tuple[str, int]:
+    """How NCCL's log names a call: its own word, and bytes, of one rank's part where it gathers or scatters. Pure."""
+    name = "".join(word.capitalize() for word in collective.split("_"))
+    return name, size // ranks if name in ("AllGather", "ReduceScatter") else size
+
+
 def kind_of_way(way: str) -> str:
     """P2P, SHM or NET/IB, NET/Socket, ...: without card and memory. Pure."""
     parts = way.split("/")

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from recipes.lib.stopping import STOPPED_EXIT
+
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("trials=2", "budget=0.005")
 RECIPES: dict[str, tuple[str, list[str], list[str]]] = {
@@ -169,6 +171,19 @@ def test_a_slow_rank_is_named_and_the_test_goes_on(tmp_path: Path) -> None:
     assert done.status == 0, done.err
     assert "slow: rank 1 (" in done.out
     assert "the others wait" in done.out
+
+
+def test_a_request_to_stop_is_heard_between_two_measurements(tmp_path: Path) -> None:
+    (tmp_path / "stop.json").write_text('{"reason": "preemption"}')
+    environment = {**os.environ, "RUN_DIR": str(tmp_path), "ATTEMPT_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.ch1.topology"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == STOPPED_EXIT
+    assert "stopped after measurement 1 of 2: preemption" in done.stdout
+    beat = json.loads((tmp_path / "heartbeat/rank-0").read_text())
+    assert (beat["step"], beat["phase"]) == (1, "done")
 
 
 @pytest.mark.parametrize(

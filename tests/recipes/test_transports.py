@@ -11,6 +11,7 @@ import pytest
 from recipes.lib.transports import (
     interfaces_in_use,
     kind_of_way,
+    logged_call,
     nccl_log,
     parse_nccl_log,
     read_nccl_log,
@@ -55,6 +56,12 @@ def test_the_log_is_read() -> None:
     }
     assert len(found.warnings) == 1
     assert found.warnings[0].endswith("Connection timed out")
+
+
+def test_calls_are_found_by_nccl_s_name_and_bytes() -> None:
+    choices = parse_nccl_log(LOG.splitlines()).choices
+    assert choices[logged_call("all_reduce", 1048576, 4)] == "NVLS/SIMPLE, 16 channels"
+    assert logged_call("reduce_scatter", 4096, 4) == ("ReduceScatter", 1024)
 
 
 def test_a_changed_log_gives_a_changed_answer() -> None:
