@@ -365,6 +365,9 @@ def paint_wait(
     submitted = number(job.get("time"))
     seconds = record.get("seconds")
     queued = number(seconds.get("queue")) if isinstance(seconds, Mapping) else None
+    if submitted is not None and queued is not None:
+        # `sbatch jobs/…` writes no line before its controller runs; Slurm knows since when the job waited.
+        submitted = min(submitted, end - queued)
     # Between two attempts of one job only Slurm's own requeue waits in a queue.
     waits: Kind = "queue" if (job.get("executor") == "slurm" or record.get("job_id")) else "start"
     if submitted is not None and (begin is None or submitted > begin):

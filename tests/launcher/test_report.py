@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -117,6 +118,16 @@ def test_the_effective_training_time_is_what_one_computes_by_hand() -> None:
     assert report.mttf_seconds == pytest.approx((100 + 113 + 35) / 2)
     assert (report.failures, report.interruptions) == (2, 2)
     assert report.notes == ()
+
+
+def test_a_job_file_waits_in_the_queue_before_its_controller_writes_anything() -> None:
+    """`sbatch jobs/…`: the line of the job is as old as the controller, and only Slurm knows since when it waited."""
+    records = interrupted()
+    attempts = [dict(line) for line in records.attempts]
+    attempts[0]["seconds"] = {"preflight": 5.0, "queue": 100.0}
+    jobs = [{"job_id": "7", "executor": "slurm", "time": 1099.0}]
+    report = build(dataclasses.replace(records, attempts=attempts, jobs=jobs))
+    assert report.ettr == pytest.approx(80 / 380)
 
 
 def test_every_second_is_counted_once() -> None:

@@ -10,15 +10,14 @@ one that is computed here by hand. Exit status 1 where one of these does not hol
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from launcher import box, ledger
@@ -71,8 +70,8 @@ def soak(launcher: Launcher, folder: Path, count: int, chance: random.Random) ->
     if (record := ended(undisturbed.run, seconds=3600.0))["cause"] != "done":
         raise Disagreement(f"the undisturbed run ended with {record['cause']}: {record['reason']}")
     reference = losses_by_step(undisturbed.run)
-    submitted = time.time()
     started = start(launcher, folder / "struck", *words)
+    submitted = submit_time(started)
     names = chance.choices(list(FAULTS), [fault.weight for fault in FAULTS.values()], k=count)
     for attempt, name in enumerate(names, start=1):
         strike(started, attempt, FAULTS[name], chance)
@@ -86,6 +85,11 @@ def soak(launcher: Launcher, folder: Path, count: int, chance: random.Random) ->
     print(f"ETTR {reported:.4f} by the report, {by_hand:.4f} by hand")
     if abs(reported - by_hand) > ETTR_TOLERANCE:
         raise Disagreement(f"the report's ETTR is {reported:.4f}, by hand it is {by_hand:.4f}")
+
+
+def submit_time(started: Started) -> float:
+    """When Slurm took the job, which is not asked again: a requeue sets the time anew."""
+    return datetime.fromisoformat(started.job()["SubmitTime"]).timestamp()
 
 
 def strike(started: Started, attempt: int, fault: Fault, chance: random.Random) -> None:
@@ -130,24 +134,14 @@ def check(started: Started, reference: dict[int, float], names: Sequence[str], s
 
 
 def ettr_by_hand(started: Started, submitted: float) -> float:
-    """Seconds between two steps that both count in the end, without saves, over all seconds since sbatch."""
-    lines = ledger.read_lines(started.run.metrics_file)
-    final = {
-        line["step"]: line["attempt"] for line in lines
-    }  # of a step that was made twice, the last one counts
-    productive = sum(
-        after["time"] - line["time"]
-        for line, after in itertools.pairwise(lines)
-        if line["attempt"] == after["attempt"] == final[after["step"]]
-    )
-    blocked = sum(
-        event["seconds_blocked"]
-        for event in started.events()
-        if event["event"] == "saved"
-        and final[event["step"]] == event["attempt"]
-        and event["step"] < max(final)
-    )
-    return (productive - blocked) / (started.run.attempts()[-1]["ended"] - submitted)
+    """Seconds of the steps that count in the end, by the training's own clock, over all seconds since sbatch.
+
+    The clock stands still in saves. Of a step that was made twice, the last time counts.
+    """
+    lines = {line["step"]: line for line in ledger.read_lines(started.run.metrics_file)}
+    tokens_per_step = lines[1]["tokens"]
+    productive = sum(tokens_per_step / line["tokens_per_second"] for line in lines.values())
+    return float(productive / (started.run.attempts()[-1]["ended"] - submitted))
 
 
 def ettr_of_report(started: Started) -> float:
