@@ -9,6 +9,7 @@ RUN_ROOT/ch4_fsdp-k3f9xq/
   state.json       what the controller is doing now, or how it ended
   attempts.jsonl   the ledger: one line per attempt
   metrics.jsonl    one line per logged optimizer step, over all attempts
+  results.txt      of a recipe that measures: its tables; results.jsonl has every figure
   attempt-01/      logs and evidence of the first attempt: rank-0.log, preflight.json, packages.txt, …
   checkpoints/
   submitit/        submitit's own files: job handles and the batch step's log
