@@ -21,8 +21,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from checks import active, baselines, catalog, consensus, gather, minimal, passive, report
 from checks import bundle as bundles
-from checks import catalog, consensus, gather, minimal, passive, report
 from checks.evidence import BUDGET_SECONDS
 from checks.expectations import Expectations
 from checks.options import EXIT_USAGE, Parser, add_expectations, expectations
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in commands:
             return commands[words[0]](words[1:])
         return _check(words)
-    except (bundles.BundleError, catalog.UnknownCheck) as error:
+    except (bundles.BundleError, baselines.BaselineError, catalog.UnknownCheck) as error:
         print(f"python -m checks: {error}", file=sys.stderr)
         return EXIT_USAGE
 
@@ -60,8 +60,7 @@ def _check(words: Sequence[str]) -> int:
             print(report.table(results, width=_width()))
         return EXIT_CODES[worst(result.verdict for result in results)]
     if options.tier == "active":
-        print("python -m checks: tier active is not built yet", file=sys.stderr)
-        return EXIT_USAGE
+        return _active(options, expected)
     step = None if options.json else gather.step_of(os.environ)
     if step is not None:
         return gather.check_together(
@@ -80,6 +79,24 @@ def _check(words: Sequence[str]) -> int:
         print(report.summary(results, options.node, looked.seconds))
         print(report.costs(looked.node))
     return EXIT_CODES[worst(result.verdict for result in results)]
+
+
+def _active(options: argparse.Namespace, expected: Expectations) -> int:
+    return active.check_actively(
+        expected,
+        options.checks,
+        name=options.node,
+        baselines=_baselines(options.baselines),
+        budget=options.active_budget,
+        srun_options=options.srun,
+        as_json=options.json,
+        width=_width(),
+    )
+
+
+def _baselines(own: Path | None) -> list[baselines.Baseline]:
+    """The cluster's own figures first: of two that fit equally the first is taken."""
+    return [*(baselines.read(own) if own else []), *baselines.read(baselines.SHIPPED)]
 
 
 def _look(options: argparse.Namespace, name: str, expected: Expectations) -> passive.Looked:
@@ -139,8 +156,20 @@ def _parser() -> argparse.ArgumentParser:
         default=gather.DEADLINE_SECONDS,
         help="seconds to wait for all nodes (default 20)",
     )
+    _add_active(parser)
     add_expectations(parser)
     return parser
+
+
+def _add_active(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tier active")
+    group.add_argument("--baselines", type=Path, metavar="FILE", help="this cluster's own figures")
+    group.add_argument(
+        "--active-budget", type=float, default=active.BUDGET_SECONDS, help="seconds for everything (default 90)"
+    )
+    group.add_argument(
+        "--srun", action="append", default=[], metavar="WORD", help="for the steps: --srun=--container-image=…"
+    )
 
 
 # --- commands ---------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ class Outcome:
     passed: bool
     why: str = ""
     """What was measured, or at which point it hung."""
+    figure: float | None = None
+    """GB/s."""
 
 
 History = Sequence[Sequence[Outcome]]
@@ -139,7 +141,7 @@ def relative_outcomes(
     return [
         Outcome(pair, False, value)
         if isinstance(value, str)
-        else Outcome(pair, value >= least, f"{value:.3g} GB/s, expected {least:.3g}")
+        else Outcome(pair, value >= least, f"{value:.3g} GB/s, expected {least:.3g}", value)
         for pair, value in measured.items()
     ]
 

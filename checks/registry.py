@@ -1,6 +1,6 @@
 """The table of all checks: name, subject, tier, what each reads, and where its threshold comes from. Pure.
 
-A check is a function from (Node, Expectations) to its results; the decorator puts it into the table. Modules named
+A check is a function from (what is known of a node, Expectations) to its results; the decorator puts it into the table. Modules named
 `judge*.py` hold them. A tier that works (`active`) adds its own to the same table with its own kind of evidence.
 """
 
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from checks.expectations import Expectations
-from checks.facts import Node
 from checks.reading import Problem, Unread
 from checks.verdict import CheckResult, Verdict
 
 Tier = Literal["minimal", "passive", "active"]
 TIERS: tuple[str, ...] = get_args(Tier)
 
-Judge = Callable[[Node, Expectations], list[CheckResult]]
+Judge = Callable[[Any, Expectations], list[CheckResult]]
+"""The first argument is a `facts.Node`; for tier `active`, a `measured.Measured`."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ ADVICE = {
 }
 
 
-def judge(node: Node, expectations: Expectations, checks: Iterable[Check]) -> list[CheckResult]:
+def judge(node: Any, expectations: Expectations, checks: Iterable[Check]) -> list[CheckResult]:
     """Every check's results, in order. Not permitted becomes unknown where the expectations demand permission."""
     results = [result for one in checks for result in one.judge(node, expectations)]
     if expectations.demand_permission:

@@ -1,0 +1,276 @@
+"""Tier `active`: measure every node of an allocation at once, and where that is not enough find out who it is.
+
+One srun step a round: the whole job first, then pairs (`checks.pairs`) while something is open and time is left. Under
+`srun --ntasks-per-node=1 python -m checks --tier active` the first task conducts and the others go home; in an sbatch or
+salloc allocation one call does. Without Slurm it measures this machine. Subprocess.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from checks import baselines as tables
+from checks import catalog, pairs, report
+from checks.agent import search_path
+from checks.baselines import Baseline
+from checks.board import Start, run_round
+from checks.expectations import Expectations
+from checks.gather import address_of
+from checks.hostlist import expanded, folded
+from checks.judge_active import job_fabric
+from checks.measured import Job, best_burn, measured
+from checks.pairs import Outcome, Pair
+from checks.registry import judge
+from checks.verdict import EXIT_CODES, CheckResult, Verdict, worst
+
+BUDGET_SECONDS = 90.0
+WHOLE_SHARE = 0.45
+"""Of the budget, for the whole job; each round of pairs gets PAIR_SHARE."""
+PAIR_SHARE = 0.17
+LEAST_ROUND_SECONDS = 8.0
+"""Below that no round is started: srun and torch alone take a few seconds."""
+PAIR_LEAST = {"gpu": 0.8, "cpu": 0.4}
+"""Share of the median pair, where no baseline says what a pair gives."""
+CONTEXT = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTER_NAME")
+"""What srun may know of the job that it runs in. Everything else (SLURM_CPUS_PER_TASK, SRUN_CPUS_PER_TASK, SLURM_EXACT,
+sizes of an outer step) would change the step: it must have all CPUs and GPUs of its nodes."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the rounds came to."""
+
+    records: Mapping[str, Any]
+    job: Job
+    history: Sequence[Sequence[Outcome]]
+    seconds: float
+
+
+def nodes_of(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The nodes to measure: of the step where srun started this process, else of the allocation, else ()."""
+    if "SLURM_JOB_ID" not in environment:
+        return ()
+    step = environment.get("SLURM_STEP_NODELIST") if environment.get("SLURM_STEP_ID", "").isdigit() else None
+    return tuple(expanded(step or environment.get("SLURM_JOB_NODELIST", "")))
+
+
+def under_slurm(options: Sequence[str]) -> Start:
+    """Agents as one srun step; `options` are words for srun, such as a container's."""
+
+    def start(nodes: Sequence[str], words: dict[str, Any]) -> list[subprocess.Popen[Any]]:
+        command = [
+            "srun",
+            # Within another step (ours, or a batch script's) the CPUs and GPUs are taken already.
+            "--overlap",
+            f"--nodes={len(nodes)}",
+            f"--nodelist={','.join(nodes)}",
+            f"--ntasks={len(nodes)}",
+            "--ntasks-per-node=1",
+            "--cpu-bind=none",
+            "--mpi=none",
+            "--export=ALL",
+            "--input=none",
+            "--kill-on-bad-exit=0",
+            # srun ends the step when the first task has ended so long ago: the others have their own deadline.
+            "--wait=0",
+            *options,
+            sys.executable,
+            "-P",
+            "-m",
+            "checks.agent",
+            json.dumps({**words, "name": ""}),
+        ]
+        environment = {
+            name: text
+            for name, text in os.environ.items()
+            if name in CONTEXT or not name.startswith(("SLURM_", "SLURMD_", "SRUN_"))
+        }
+        environment["PYTHONPATH"] = search_path()
+        return [subprocess.Popen(command, env=environment, stdout=sys.stderr, stderr=None)]
+
+    return start
+
+
+def on_this_machine(nodes: Sequence[str], words: dict[str, Any]) -> list[subprocess.Popen[Any]]:
+    """An agent for each name, all here."""
+    environment = {**os.environ, "PYTHONPATH": search_path()}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "checks.agent", json.dumps({**words, "name": node})],
+            env=environment, stdout=sys.stderr, start_new_session=True,
+        )  # fmt: skip
+        for node in nodes
+    ]
+
+
+def measure(
+    nodes: Sequence[str],
+    expected: Expectations,
+    start: Start,
+    *,
+    baselines: Sequence[Baseline],
+    budget: float = BUDGET_SECONDS,
+    address: str,
+) -> Found:
+    """Every round that is needed, within the budget."""
+    began = time.monotonic()
+
+    def left() -> float:
+        return budget - (time.monotonic() - began)
+
+    def a_round(groups: Sequence[Sequence[str]], kind: str, seconds: float) -> dict[str, Any]:
+        return run_round(groups, kind, min(seconds, left()), start, gpus=expected.gpus, address=address)
+
+    records = a_round([nodes], "whole", budget * WHOLE_SHARE)
+    job = Job(nodes=len(nodes), best_burn=best_burn(list(records.values())), baselines=tuple(baselines))
+    results = judged(nodes, records, job, expected)
+    job = Job(**{**vars(job), "expects_pairs": len(nodes) > 1 and needs_pairs(results, records, job, expected)})
+    history: list[list[Outcome]] = []
+    while job.expects_pairs and left() > LEAST_ROUND_SECONDS:
+        wanted = pairs.next_round(nodes, history)
+        if not wanted:
+            break
+        answers = a_round([(pair.a, pair.b) for pair in wanted], "pair", budget * PAIR_SHARE)
+        figures = {pair: pair_figure(pair, answers) for pair in wanted}
+        on_gpus = any(record.get("gpus") for record in answers.values())
+        history.append(_outcomes(figures, history, floor=None, share=PAIR_LEAST["gpu" if on_gpus else "cpu"]))
+    job = Job(**{**vars(job), "paired": len(history), "blames": tuple(pairs.blamed(nodes, history))})
+    return Found(records, job, history, time.monotonic() - began)
+
+
+def _outcomes(
+    figures: Mapping[Pair, float | str], history: Sequence[Sequence[Outcome]], *, floor: float | None, share: float
+) -> list[Outcome]:
+    """A later round has few pairs, all suspect: its median would be theirs, so the first round's pairs count too."""
+    least = floor
+    if least is None and history:
+        before = sorted(one.figure for each in history for one in each if one.passed and one.figure is not None)
+        least = share * before[len(before) // 2] if before else None
+    return pairs.relative_outcomes(figures, floor=least, share=share)
+
+
+def judged(
+    nodes: Sequence[str], records: Mapping[str, Any], job: Job, expected: Expectations, checks: Sequence[str] = ()
+) -> dict[str, list[CheckResult]]:
+    chosen = catalog.named(checks, "active")
+    left_out = {one.name for one in catalog.named(expected.without, None)} if expected.without else set()
+    chosen = [one for one in chosen if one.name not in left_out]
+    return {node: judge(measured(node, records.get(node), job), expected, chosen) for node in nodes}
+
+
+def needs_pairs(
+    results: Mapping[str, Sequence[CheckResult]], records: Mapping[str, Any], job: Job, expected: Expectations
+) -> bool:
+    """Whether the whole-job measurement fell short or hung, or nothing says what it should have been."""
+    short = any(one.check.startswith("net.") and one.verdict.blocks for found in results.values() for one in found)
+    record = next(iter(records.values()), None)
+    ranks = (record or {}).get("ranks") or [{}]
+    known = tables.find(
+        job.baselines, "all_reduce", gpu=str(ranks[0].get("device", "")), fabric=job_fabric(job.nodes, expected),
+        nodes=job.nodes, ranks=len(ranks), payload=1 << 60,
+    )  # fmt: skip
+    return short or known is None
+
+
+def pair_figure(pair: Pair, answers: Mapping[str, Any]) -> float | str:
+    """GB/s of a pair, or why there is none: who did not answer, or where its ranks stopped."""
+    silent = [node for node in (pair.a, pair.b) if node not in answers]
+    if silent:
+        return f"{' and '.join(silent)} never answered"
+    ranks = [(node, rank) for node in (pair.a, pair.b) for rank in answers[node].get("ranks", [])]
+    # Figures of both ends are the same: the slowest rank's time.
+    troubles = [f"{node} {rank['trouble']}" for node, rank in ranks if rank.get("trouble")]
+    values = [rank.get("pair") for _, rank in ranks]
+    if troubles or not values or not all(isinstance(one, float) for one in values):
+        return "; ".join(troubles[:2]) or "no figure"
+    return float(min(one for one in values if isinstance(one, float)))
+
+
+def check_actively(
+    expected: Expectations,
+    checks: Sequence[str],
+    *,
+    name: str,
+    baselines: Sequence[Baseline],
+    budget: float,
+    srun_options: Sequence[str],
+    as_json: bool,
+    width: int,
+) -> int:
+    """The whole of `python -m checks --tier active`, and its exit status."""
+    if conducts_elsewhere(os.environ):
+        return 0
+    nodes, found = measure_here(expected, name=name, baselines=baselines, budget=budget, srun_options=srun_options)
+    results = judged(nodes, found.records, found.job, expected, checks)
+    if as_json:
+        for node, one in results.items():
+            print(report.json_line(node, one))
+    elif len(nodes) == 1:
+        print(report.table(results[nodes[0]], width=width))
+        print(report.summary(results[nodes[0]], nodes[0], found.seconds))
+    else:
+        print(passes(results))
+        print(report.folded_table(results, width=width))
+        print(conclusion(results, found))
+    return EXIT_CODES[worst(one.verdict for each in results.values() for one in each)]
+
+
+def measure_here(
+    expected: Expectations,
+    *,
+    name: str,
+    baselines: Sequence[Baseline],
+    budget: float,
+    srun_options: Sequence[str],
+) -> tuple[tuple[str, ...], Found]:
+    """The allocation that this process is in, or this machine."""
+    nodes = nodes_of(os.environ)
+    if nodes:
+        start, address = under_slurm(srun_options), address_of(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    else:
+        nodes, start, address = (name,), on_this_machine, "localhost"
+    return nodes, measure(nodes, expected, start, baselines=baselines, budget=budget, address=address)
+
+
+def conducts_elsewhere(environment: Mapping[str, str]) -> bool:
+    """Whether another task of the same step conducts: the step's first."""
+    return environment.get("SLURM_STEP_ID", "").isdigit() and environment.get("SLURM_PROCID", "0") != "0"
+
+
+def passes(results: Mapping[str, Sequence[CheckResult]]) -> str:
+    """What was measured where every node passes, a line each: figures are worth seeing."""
+    shown: dict[str, dict[str, list[str]]] = {}
+    for node, found in results.items():
+        for one in found:
+            if one.verdict is Verdict.PASS:
+                shown.setdefault(one.check, {}).setdefault(one.read, []).append(node)
+    lines = []
+    for check, readings in shown.items():
+        read, nodes = max(readings.items(), key=lambda one: len(one[1]))
+        count = f" (of {len(readings)} different readings)" if len(readings) > 1 else ""
+        lines.append(f"{check}: pass: {folded(nodes)}: {read}{count}")
+    return "\n".join(lines)
+
+
+def conclusion(results: Mapping[str, Sequence[CheckResult]], found: Found) -> str:
+    """The whole verdict, and only the nodes that something names: in a job that hangs every node has a failure."""
+    whole = worst(one.verdict for each in results.values() for one in each)
+    named = [node for blame in found.job.blames if blame.kind == "node" for node in blame.nodes]
+    named += [
+        node
+        for node, each in results.items()
+        if node not in named and any(r.verdict is Verdict.FAIL and not r.check.startswith("net.") for r in each)
+    ]
+    lines = [f"{whole.value}: {len(results)} nodes ({folded(results)}) in {found.seconds:.1f} s, {found.job.paired} rounds of pairs"]
+    lines += [f"{blame.kind}: {' - '.join(blame.nodes)}: {blame.why}" for blame in found.job.blames]
+    if named:
+        lines.append(f"leave out: sbatch --exclude={folded(named)}")
+    return "\n".join(lines)
