@@ -33,8 +33,8 @@ from checks.verdict import EXIT_CODES, CheckResult, Verdict, worst
 
 BUDGET_SECONDS = 90.0
 WHOLE_SHARE = 0.45
-"""Of the budget, for the whole job; each round of pairs gets PAIR_SHARE."""
-PAIR_SHARE = 0.17
+"""Of the budget, for the whole job; what it leaves is for the rounds of pairs, in equal parts: who ends early leaves more
+to those who come after."""
 LEAST_ROUND_SECONDS = 8.0
 """Below that no round is started: srun and torch alone take a few seconds."""
 PAIR_LEAST = {"gpu": 0.8, "cpu": 0.4}
@@ -138,7 +138,8 @@ def measure(
         wanted = pairs.next_round(nodes, history)
         if not wanted:
             break
-        answers = a_round([(pair.a, pair.b) for pair in wanted], "pair", budget * PAIR_SHARE)
+        seconds = left() / (pairs.MOST_ROUNDS - len(history))
+        answers = a_round([(pair.a, pair.b) for pair in wanted], "pair", seconds)
         figures = {pair: pair_figure(pair, answers) for pair in wanted}
         on_gpus = any(record.get("gpus") for record in answers.values())
         history.append(_outcomes(figures, history, floor=None, share=PAIR_LEAST["gpu" if on_gpus else "cpu"]))

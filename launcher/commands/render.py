@@ -6,6 +6,8 @@ import argparse
 
 from launcher.config import compose
 from launcher.paths import REPOSITORY
+from launcher.preflight_job import NAME as PREFLIGHT
+from launcher.preflight_job import render_preflight
 from launcher.recipes import recipe_files
 from launcher.render import render
 from launcher.spec import UserError
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="*", metavar="KEY=VALUE", help="recipe=NAME cluster=NAME and overrides"
     )
-    parser.add_argument("--all", action="store_true", help="every recipe, as the files of jobs/ have it")
+    parser.add_argument("--all", action="store_true", help="every recipe and the preflight, as the files of jobs/ have it")
     parser.add_argument("--write", action="store_true", help="with --all: write jobs/*.sbatch")
 
 
@@ -45,10 +47,11 @@ def run(options: argparse.Namespace) -> int:
 
 def job_files() -> dict[str, str]:
     """File name -> text of every file that belongs in jobs/."""
-    return {
+    recipes = {
         f"{name}.sbatch": render(compose([f"recipe={name}", f"cluster={JOBS_CLUSTER}"]))
         for name in recipe_files(REPOSITORY)
     }
+    return {**recipes, f"{PREFLIGHT}.sbatch": render_preflight()}
 
 
 def _remove_orphans(wanted: set[str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from launcher.clusters import profile_files
 from launcher.config import compose
 from launcher.paths import REPOSITORY
+from launcher.preflight_job import render_preflight
 from launcher.recipes import recipe_files
 from launcher.render import Submission, render, sbatch_flags, slurm_time
 from launcher.spec import Container, JobSpec
@@ -73,8 +74,9 @@ def test_the_file_in_jobs_is_what_render_prints(recipe: str) -> None:
     )
 
 
-def test_jobs_holds_no_file_without_a_recipe() -> None:
-    assert {path.stem for path in (REPOSITORY / "jobs").glob("*.sbatch")} == set(RECIPES)
+def test_jobs_holds_no_file_without_a_recipe_but_the_preflight() -> None:
+    assert {path.stem for path in (REPOSITORY / "jobs").glob("*.sbatch")} == {*RECIPES, "preflight"}
+    assert (REPOSITORY / "jobs" / "preflight.sbatch").read_text() == render_preflight()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

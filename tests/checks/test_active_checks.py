@@ -1,0 +1,137 @@
+"""Every active check can fire: healthy, faulty, missing, not permitted, timed out, and what makes no sense."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from checks import catalog
+from checks.expectations import Expectations
+from checks.measured import Job, best_burn, measured
+from checks.pairs import Blame
+from checks.registry import CHECKS, judge
+from checks.verdict import CheckResult, Verdict
+from tests.checks.active_nodes import JOB, MIB, WHAT, changed, node
+
+ACTIVE = [check.name for check in catalog.named((), "active")]
+INFINIBAND = Expectations(gpus=2, fabric="infiniband")
+BIG = 256 * MIB
+
+FAULTS: dict[str, tuple[tuple[Any, ...], Any, Verdict]] = {
+    "burn.product": (("ranks", 1, "burn"), 620.0, Verdict.FAIL),
+    "copy.device": (("ranks", 0, "copy"), 2200.0, Verdict.FAIL),
+    "copy.host": (("ranks", 1, "host"), {"to device": 44.0, "to host": 50.0}, Verdict.FAIL),
+    "nvlink.pairs": (("ranks", 0, "peers"), {"0-1": 200.0, "1-0": 332.0}, Verdict.FAIL),
+    "net.transport": (("transport",), ["NET/Socket", "P2P"], Verdict.FAIL),
+    **{f"net.{what}": (("ranks", 0, f"{what} {BIG}"), 150.0, Verdict.FAIL) for what in WHAT},
+}
+"""One changed value each, and the verdict that it changes to. net.pairs reads what the job's pairs came to."""
+
+NEEDED: dict[str, tuple[Any, ...]] = {name: place for name, (place, _, _) in FAULTS.items()}
+
+
+def judged(name: str, record: Any, expected: Expectations = INFINIBAND, job: Job = JOB) -> list[CheckResult]:
+    return judge(measured("n1", record, job), expected, [CHECKS[name]])
+
+
+def test_every_active_check_has_its_cases() -> None:
+    assert set(ACTIVE) == {*FAULTS, "net.pairs"}
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_healthy_node_passes_and_says_what_it_measured(name: str) -> None:
+    (one,) = judged(name, node())
+    assert one.verdict is Verdict.PASS, one
+    assert one.read
+    assert one.expected
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_one_changed_figure_changes_the_verdict(name: str) -> None:
+    where, value, verdict = FAULTS[name]
+    (one,) = judged(name, changed(where, value))
+    assert (one.verdict, bool(one.remedy)) == (verdict, True), one
+
+
+@pytest.mark.parametrize("problem", ["missing", "not permitted", "timed out"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_check_that_could_not_measure_does_not_pass(name: str, problem: str) -> None:
+    (one,) = judged(name, changed(NEEDED[name], {"problem": problem, "detail": "why"}))
+    assert one.verdict is (Verdict.NOT_PERMITTED if problem == "not permitted" else Verdict.UNKNOWN), one
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+@pytest.mark.parametrize("record", [None, [], "x", {}, {"ranks": []}, {"ranks": [None]}, {"ranks": 7, "gpus": "2"}])
+def test_a_report_that_makes_no_sense_is_no_pass(name: str, record: Any) -> None:
+    assert Verdict.PASS not in [one.verdict for one in judged(name, record, job=replace(JOB, paired=0))]
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS))
+@pytest.mark.parametrize("value", [None, True, "fast", -1.0, float("nan"), float("inf"), [[]], {"x": "y"}])
+def test_a_figure_that_makes_no_sense_is_no_pass(name: str, value: Any) -> None:
+    found = [one.verdict for one in judged(name, changed(NEEDED[name], value))]
+    assert Verdict.PASS not in found, found
+
+
+@pytest.mark.parametrize(
+    ("trouble", "verdict"),
+    [
+        ("hung at: all_reduce of 65536 bytes", Verdict.UNKNOWN),
+        ("ended at: start: No module named 'torch'", Verdict.UNKNOWN),
+        ("ended at: burn: Permission denied", Verdict.NOT_PERMITTED),
+    ],
+)
+def test_a_rank_that_did_not_finish_has_measured_no_collective(trouble: str, verdict: Verdict) -> None:
+    (one,) = judged("net.all_reduce", changed(("ranks", 0, "trouble"), trouble))
+    assert one.verdict is verdict
+    assert trouble in one.read
+
+
+@pytest.mark.parametrize(
+    ("blame", "verdict"),
+    [
+        (Blame("node", ("n1",), "slow"), Verdict.FAIL),
+        (Blame("link", ("n1", "n2"), "slow"), Verdict.WARN),
+        (Blame("undetermined", ("n1", "n2"), "slow"), Verdict.UNKNOWN),
+        (Blame("node", ("n3",), "slow"), Verdict.PASS),
+    ],
+)
+def test_what_the_pairs_came_to_is_said_of_the_nodes_that_it_names(blame: Blame, verdict: Verdict) -> None:
+    (one,) = judged("net.pairs", node(), job=replace(JOB, blames=(blame,)))
+    assert one.verdict is verdict
+
+
+def test_pairs_that_no_time_was_left_for_are_no_pass() -> None:
+    (one,) = judged("net.pairs", node(), job=replace(JOB, paired=0))
+    assert one.verdict is Verdict.WARN
+
+
+@pytest.mark.parametrize(
+    ("fabric", "used", "verdict"),
+    [
+        ("roce", "NET/IB", Verdict.PASS),
+        ("roce", "NET/Socket", Verdict.FAIL),
+        ("efa", "NET/AWS Libfabric", Verdict.PASS),
+        ("efa", "NET/Socket", Verdict.FAIL),
+        ("tcp", "NET/Socket", Verdict.PASS),
+        (None, "NET/Socket", Verdict.WARN),
+        ("infiniband", "P2P", Verdict.UNKNOWN),
+    ],
+)
+def test_the_network_is_the_one_that_the_fabric_promises(fabric: Any, used: str, verdict: Verdict) -> None:
+    expected = Expectations(gpus=2, fabric=fabric)
+    (one,) = judged("net.transport", changed(("transport",), [used]), expected)
+    assert one.verdict is verdict
+
+
+def test_the_best_of_the_job_is_over_all_nodes() -> None:
+    assert best_burn([node(), changed(("ranks", 1, "burn"), 750.0), None, {"ranks": 3}]) == 750.0
+
+
+def test_a_cpu_that_is_slow_only_warns_and_says_what_was_measured() -> None:
+    record = {**changed(("ranks", 0, "burn"), 100.0), "gpus": 0}
+    (one,) = judged("burn.product", record)
+    assert one.verdict is Verdict.WARN
+    assert "float32 on the CPU" in one.read
