@@ -5,6 +5,8 @@
     srun --ntasks-per-node=1 python -m checks     every node of the allocation, and one against the others
     python -m checks list                 every check, what it reads, where its threshold comes from
     python -m checks collect [FILE]       the evidence alone, in one file
+    python -m checks --tier=active        measure: this machine, or all nodes of the allocation; 90 s
+    python -m checks baseline FILE        record what this cluster gives, for --baselines=FILE
     python -m checks judge FILE           the same verdicts from such a file, or from a capture, anywhere
 
 Exit status: 0 pass, 1 fail, 2 warn, 3 unknown, 64 usage.
@@ -21,7 +23,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checks import active, baselines, catalog, consensus, gather, minimal, passive, report
+from checks import active, baselines, catalog, consensus, gather, minimal, passive, recorded, report
 from checks import bundle as bundles
 from checks.evidence import BUDGET_SECONDS
 from checks.expectations import Expectations
@@ -35,12 +37,12 @@ COLLECT_SECONDS = 60.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"list": _list, "collect": _collect, "judge": _judge}
+    commands = {"list": _list, "collect": _collect, "judge": _judge, "baseline": _baseline}
     try:
         if words and words[0] in commands:
             return commands[words[0]](words[1:])
         return _check(words)
-    except (bundles.BundleError, baselines.BaselineError, catalog.UnknownCheck) as error:
+    except (bundles.BundleError, baselines.BaselineError, recorded.NotWhole, catalog.UnknownCheck) as error:
         print(f"python -m checks: {error}", file=sys.stderr)
         return EXIT_USAGE
 
@@ -165,10 +167,17 @@ def _add_active(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tier active")
     group.add_argument("--baselines", type=Path, metavar="FILE", help="this cluster's own figures")
     group.add_argument(
-        "--active-budget", type=float, default=active.BUDGET_SECONDS, help="seconds for everything (default 90)"
+        "--active-budget",
+        type=float,
+        default=active.BUDGET_SECONDS,
+        help="seconds for everything (default 90)",
     )
     group.add_argument(
-        "--srun", action="append", default=[], metavar="WORD", help="for the steps: --srun=--container-image=…"
+        "--srun",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="for the steps: --srun=--container-image=…",
     )
 
 
@@ -266,6 +275,40 @@ def _judge_many(options: argparse.Namespace) -> int:
         print(report.folded_table(results, width=_width()))
         print(report.nodes_summary(results))
     return EXIT_CODES[worst(one.verdict for found in results.values() for one in found)]
+
+
+def _baseline(words: Sequence[str]) -> int:
+    parser = Parser(
+        prog="python -m checks baseline",
+        description="Measure this machine or allocation, known to be good, and write its figures for --baselines=FILE.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="entries of other shapes in it are kept")
+    parser.add_argument("--node", default=_own_name(), help=argparse.SUPPRESS)
+    _add_active(parser)
+    add_expectations(parser)
+    options = parser.parse_args(words)
+    if active.conducts_elsewhere(os.environ):
+        return 0
+    expected = expectations(options)
+    kept = baselines.read(options.file) if options.file.exists() else []
+    nodes, found = active.measure_here(
+        expected, name=options.node, baselines=[], budget=options.active_budget, srun_options=options.srun
+    )
+    if found.job.blames:
+        raise recorded.NotWhole(
+            f"{found.job.blames[0].kind}: {' - '.join(found.job.blames[0].nodes)} is not good"
+        )
+    own = recorded.own_baselines(found.records, nodes, expected)
+    keys = {(one.what, one.gpu, one.fabric, one.nodes, one.ranks, one.payload) for one in own}
+    kept = [
+        one for one in kept if (one.what, one.gpu, one.fabric, one.nodes, one.ranks, one.payload) not in keys
+    ]
+    try:
+        baselines.write(options.file, [*own, *kept])
+    except OSError as error:
+        raise baselines.BaselineError(f"{options.file}: {error.strerror}") from None
+    print(f"{options.file}: {len(own)} figures of {len(nodes)} nodes in {found.seconds:.1f} s")
+    return 0
 
 
 def _own_name() -> str:

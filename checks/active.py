@@ -1,8 +1,8 @@
 """Tier `active`: measure every node of an allocation at once, and where that is not enough find out who it is.
 
 One srun step a round: the whole job first, then pairs (`checks.pairs`) while something is open and time is left. Under
-`srun --ntasks-per-node=1 python -m checks --tier active` the first task conducts and the others go home; in an sbatch or
-salloc allocation one call does. Without Slurm it measures this machine. Subprocess.
+`srun --ntasks-per-node=1 python -m checks --tier active` the first task conducts and the others go home; in an sbatch
+or salloc allocation one call does. Without Slurm it measures this machine. Subprocess.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from checks.verdict import EXIT_CODES, CheckResult, Verdict, worst
 
 BUDGET_SECONDS = 90.0
 WHOLE_SHARE = 0.45
-"""Of the budget, for the whole job; what it leaves is for the rounds of pairs, in equal parts: who ends early leaves more
-to those who come after."""
+"""Of the budget, for the whole job; what it leaves is for the rounds of pairs, in equal parts: who ends early leaves
+more to those who come after."""
 LEAST_ROUND_SECONDS = 8.0
 """Below that no round is started: srun and torch alone take a few seconds."""
 PAIR_LEAST = {"gpu": 0.8, "cpu": 0.4}
@@ -105,8 +105,10 @@ def on_this_machine(nodes: Sequence[str], words: dict[str, Any]) -> list[subproc
     return [
         subprocess.Popen(
             [sys.executable, "-P", "-m", "checks.agent", json.dumps({**words, "name": node})],
-            env=environment, stdout=sys.stderr, start_new_session=True,
-        )  # fmt: skip
+            env=environment,
+            stdout=sys.stderr,
+            start_new_session=True,
+        )
         for node in nodes
     ]
 
@@ -132,7 +134,9 @@ def measure(
     records = a_round([nodes], "whole", budget * WHOLE_SHARE)
     job = Job(nodes=len(nodes), best_burn=best_burn(list(records.values())), baselines=tuple(baselines))
     results = judged(nodes, records, job, expected)
-    job = Job(**{**vars(job), "expects_pairs": len(nodes) > 1 and needs_pairs(results, records, job, expected)})
+    job = Job(
+        **{**vars(job), "expects_pairs": len(nodes) > 1 and needs_pairs(results, records, job, expected)}
+    )
     history: list[list[Outcome]] = []
     while job.expects_pairs and left() > LEAST_ROUND_SECONDS:
         wanted = pairs.next_round(nodes, history)
@@ -148,18 +152,28 @@ def measure(
 
 
 def _outcomes(
-    figures: Mapping[Pair, float | str], history: Sequence[Sequence[Outcome]], *, floor: float | None, share: float
+    figures: Mapping[Pair, float | str],
+    history: Sequence[Sequence[Outcome]],
+    *,
+    floor: float | None,
+    share: float,
 ) -> list[Outcome]:
     """A later round has few pairs, all suspect: its median would be theirs, so the first round's pairs count too."""
     least = floor
     if least is None and history:
-        before = sorted(one.figure for each in history for one in each if one.passed and one.figure is not None)
+        before = sorted(
+            one.figure for each in history for one in each if one.passed and one.figure is not None
+        )
         least = share * before[len(before) // 2] if before else None
     return pairs.relative_outcomes(figures, floor=least, share=share)
 
 
 def judged(
-    nodes: Sequence[str], records: Mapping[str, Any], job: Job, expected: Expectations, checks: Sequence[str] = ()
+    nodes: Sequence[str],
+    records: Mapping[str, Any],
+    job: Job,
+    expected: Expectations,
+    checks: Sequence[str] = (),
 ) -> dict[str, list[CheckResult]]:
     chosen = catalog.named(checks, "active")
     left_out = {one.name for one in catalog.named(expected.without, None)} if expected.without else set()
@@ -171,7 +185,9 @@ def needs_pairs(
     results: Mapping[str, Sequence[CheckResult]], records: Mapping[str, Any], job: Job, expected: Expectations
 ) -> bool:
     """Whether the whole-job measurement fell short or hung, or nothing says what it should have been."""
-    short = any(one.check.startswith("net.") and one.verdict.blocks for found in results.values() for one in found)
+    short = any(
+        one.check.startswith("net.") and one.verdict.blocks for found in results.values() for one in found
+    )
     record = next(iter(records.values()), None)
     ranks = (record or {}).get("ranks") or [{}]
     known = tables.find(
@@ -209,7 +225,9 @@ def check_actively(
     """The whole of `python -m checks --tier active`, and its exit status."""
     if conducts_elsewhere(os.environ):
         return 0
-    nodes, found = measure_here(expected, name=name, baselines=baselines, budget=budget, srun_options=srun_options)
+    nodes, found = measure_here(
+        expected, name=name, baselines=baselines, budget=budget, srun_options=srun_options
+    )
     results = judged(nodes, found.records, found.job, expected, checks)
     if as_json:
         for node, one in results.items():
@@ -235,7 +253,10 @@ def measure_here(
     """The allocation that this process is in, or this machine."""
     nodes = nodes_of(os.environ)
     if nodes:
-        start, address = under_slurm(srun_options), address_of(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+        start, address = (
+            under_slurm(srun_options),
+            address_of(os.environ.get("SLURMD_NODENAME") or socket.gethostname()),
+        )
     else:
         nodes, start, address = (name,), on_this_machine, "localhost"
     return nodes, measure(nodes, expected, start, baselines=baselines, budget=budget, address=address)
@@ -268,9 +289,11 @@ def conclusion(results: Mapping[str, Sequence[CheckResult]], found: Found) -> st
     named += [
         node
         for node, each in results.items()
-        if node not in named and any(r.verdict is Verdict.FAIL and not r.check.startswith("net.") for r in each)
+        if node not in named
+        and any(r.verdict is Verdict.FAIL and not r.check.startswith("net.") for r in each)
     ]
-    lines = [f"{whole.value}: {len(results)} nodes ({folded(results)}) in {found.seconds:.1f} s, {found.job.paired} rounds of pairs"]
+    took = f"{found.seconds:.1f} s, {found.job.paired} rounds of pairs"
+    lines = [f"{whole.value}: {len(results)} nodes ({folded(results)}) in {took}"]
     lines += [f"{blame.kind}: {' - '.join(blame.nodes)}: {blame.why}" for blame in found.job.blames]
     if named:
         lines.append(f"leave out: sbatch --exclude={folded(named)}")

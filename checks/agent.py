@@ -59,13 +59,19 @@ def gpus_here() -> int:
     """GPUs that this job may use on this node."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = [one for one in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", one)]
-    return len(present) if visible is None else min(len(present), len([one for one in visible.split(",") if one]))
+    return (
+        len(present)
+        if visible is None
+        else min(len(present), len([one for one in visible.split(",") if one]))
+    )
 
 
 def search_path() -> str:
     """PYTHONPATH under which the processes find the same `checks` as this one."""
     here = str(Path(__file__).resolve().parent.parent)
-    return os.pathsep.join(dict.fromkeys([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+    return os.pathsep.join(
+        dict.fromkeys([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+    )
 
 
 def tell(line: TextIO, **words: Any) -> None:
@@ -76,7 +82,9 @@ def tell(line: TextIO, **words: Any) -> None:
 class Rank:
     """A process that measures: what it said so far, and where it is."""
 
-    def __init__(self, local: int, gpus: int, name: str, order: dict[str, Any], folder: Path, ends: float) -> None:
+    def __init__(
+        self, local: int, gpus: int, name: str, order: dict[str, Any], folder: Path, ends: float
+    ) -> None:
         self.local = local
         self.said: dict[str, Any] = {}
         self.stage = "start"

@@ -73,7 +73,14 @@ def write(path: Path, entries: Sequence[Baseline]) -> None:
 
 
 def find(
-    baselines: Sequence[Baseline], what: str, *, gpu: str, fabric: str, nodes: int, ranks: int, payload: int = 0
+    baselines: Sequence[Baseline],
+    what: str,
+    *,
+    gpu: str,
+    fabric: str,
+    nodes: int,
+    ranks: int,
+    payload: int = 0,
 ) -> Baseline | None:
     """The first entry for the largest payload that is not larger than this one: put a cluster's own entries first."""
     fitting = [

@@ -1,7 +1,7 @@
 """Where the nodes of one round meet: who is in which group, where its store is, and what came out. Network, subprocess.
 
-The conductor listens on a port that the kernel chose and tells it to the agents on their command line. An agent says its
-node and its ranks; when every node of a group is there, its first one opens a store and the others are told where.
+The conductor listens on a port that the kernel chose and tells it to the agents on their command line. An agent says
+its node and its ranks; when every node of a group is there, its first one opens a store and the others are told where.
 Nobody waits longer than the round's deadline, whoever stops: agents, their processes, srun itself.
 """
 
@@ -40,7 +40,13 @@ class _Group:
 
 
 def run_round(
-    groups: Sequence[Sequence[str]], kind: str, seconds: float, start: Start, *, gpus: int | None, address: str
+    groups: Sequence[Sequence[str]],
+    kind: str,
+    seconds: float,
+    start: Start,
+    *,
+    gpus: int | None,
+    address: str,
 ) -> dict[str, dict[str, Any]]:
     """What each node of each group reported; a node without an entry never did. Takes `seconds` at most."""
     ends = time.monotonic() + seconds
@@ -135,7 +141,11 @@ class Board:
         if group.placed or len(group.members) < len(group.nodes):
             return
         group.placed = True
-        _tell(group.members[group.nodes[0]].line, lead=True, size=sum(one.ranks for one in group.members.values()))
+        _tell(
+            group.members[group.nodes[0]].line,
+            lead=True,
+            size=sum(one.ranks for one in group.members.values()),
+        )
 
     def _place(self, group: _Group, port: int) -> None:
         """Tell everybody where the store is: at the address that the first node's connection came from, which no name

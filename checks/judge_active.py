@@ -22,7 +22,12 @@ BASELINES = "checks/baselines.json, each figure with its source"
 RECORD = "python -m checks baseline records this cluster's own figures"
 
 
-@check("burn.product", reads=["measure burn"], source="superbenchmark and gcm: within 10% of the best GPU", tier="active")
+@check(
+    "burn.product",
+    reads=["measure burn"],
+    source="superbenchmark and gcm: within 10% of the best GPU",
+    tier="active",
+)
 def product(node: Measured, expected: Expectations) -> list[CheckResult]:
     """Matrix product on every GPU (bf16), or on the node's CPUs (float32), against the best of the job."""
     name = "burn.product"
@@ -78,12 +83,16 @@ def peers(node: Measured, expected: Expectations) -> list[CheckResult]:
     if len(pairs) < wanted:
         findings.append(fail(f"{len(pairs)} of {wanted} pairs were measured", "look at nvidia-smi topo -m"))
     findings += [
-        fail(f"GPU {pair}: {one:.3g} GB/s, the best pair has {top:.3g}", "nvlink.state and the fabric manager")
+        fail(
+            f"GPU {pair}: {one:.3g} GB/s, the best pair has {top:.3g}", "nvlink.state and the fabric manager"
+        )
         for pair, one in pairs.items()
         if isinstance(one, float) and one < 0.8 * top
     ]
     if not top and not findings:
-        findings.append(warn("no GPU reaches another one directly", "peer access is off: ACS, or another PCIe root"))
+        findings.append(
+            warn("no GPU reaches another one directly", "peer access is off: ACS, or another PCIe root")
+        )
     return result(name, findings, f"{_range(figures)} GB/s", "80% of the node's best pair")
 
 
@@ -116,7 +125,9 @@ def _collective(what: str, node: Measured, expected: Expectations) -> list[Check
         if value <= 0 or (base is not None and value < base.floor):
             least = base.floor if base else 0.0
             findings.append(
-                fail(f"{_size(largest)}: {value:.3g} GB/s bus bandwidth, at least {least:.3g}", "see net.pairs")
+                fail(
+                    f"{_size(largest)}: {value:.3g} GB/s bus bandwidth, at least {least:.3g}", "see net.pairs"
+                )
             )
     base = _baseline(node, expected, what, 1 << 60)
     against = f"{base.floor:.3g} GB/s ({base.source})" if base else f"no baseline for this job; {RECORD}"
@@ -135,7 +146,9 @@ for _what in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
     _enter(_what, f"{_what.replace('_', '-').capitalize()} over the whole job, by message size.")
 
 
-@check("net.transport", reads=["measure transport"], source="NCCL's log, which says what it chose", tier="active")
+@check(
+    "net.transport", reads=["measure transport"], source="NCCL's log, which says what it chose", tier="active"
+)
 def transport(node: Measured, expected: Expectations) -> list[CheckResult]:
     """The transport that NCCL chose is the one that the fabric promises."""
     name = "net.transport"
@@ -150,7 +163,9 @@ def transport(node: Measured, expected: Expectations) -> list[CheckResult]:
     if not used:
         findings.append(blind(NOTHING, "NCCL's log names no network"))
     elif promised and not all(one.startswith(promised) for one in used):
-        findings.append(fail(f"NCCL uses {', '.join(used)}", "NCCL_IB_HCA, drivers in the container, rdma.port"))
+        findings.append(
+            fail(f"NCCL uses {', '.join(used)}", "NCCL_IB_HCA, drivers in the container, rdma.port")
+        )
     elif expected.fabric == "efa" and any("Socket" in one for one in used):
         findings.append(fail(f"NCCL uses {', '.join(used)}", "install aws-ofi-nccl, in the container too"))
     elif expected.fabric is None and any("Socket" in one for one in used):
@@ -158,7 +173,12 @@ def transport(node: Measured, expected: Expectations) -> list[CheckResult]:
     return result(name, findings, ", ".join(node.transports), wanted)
 
 
-@check("net.pairs", reads=["measure pair"], source="Google's cluster health scanner: two passes of pairs", tier="active")
+@check(
+    "net.pairs",
+    reads=["measure pair"],
+    source="Google's cluster health scanner: two passes of pairs",
+    tier="active",
+)
 def pairs(node: Measured, expected: Expectations) -> list[CheckResult]:
     """Which node or link it is, where the whole job fell short, hung, or had nothing to be compared with."""
     name = "net.pairs"
@@ -167,7 +187,9 @@ def pairs(node: Measured, expected: Expectations) -> list[CheckResult]:
             return result(name, [blind(node.ranks)], "", "every pair passes")
         return []
     if not node.job.paired:
-        return result(name, [warn("no time was left for pairs", "a larger --budget")], "", "every pair passes")
+        return result(
+            name, [warn("no time was left for pairs", "a larger --budget")], "", "every pair passes"
+        )
     findings = [_finding(blame, node.name) for blame in node.job.blames if node.name in blame.nodes]
     return result(name, findings, f"passed, {node.job.paired} rounds", "every pair passes")
 
@@ -177,7 +199,9 @@ def _finding(blame: Blame, node: str) -> Finding:
         return fail(f"this node: {blame.why}", "leave this node out")
     others = ", ".join(one for one in blame.nodes if one != node)
     if blame.kind == "link":
-        return warn(f"the link to {others}: {blame.why}", "the cable or switch between them: not both in one job")
+        return warn(
+            f"the link to {others}: {blame.why}", "the cable or switch between them: not both in one job"
+        )
     what = f"this node or {others} or what connects them" if others else "this node"
     return Finding(Verdict.UNKNOWN, f"undetermined, {what}: {blame.why}", "measure with more nodes")
 

@@ -1,8 +1,8 @@
 """One rank of a measurement: burn, copies, and collectives in the group that it is told. Imports torch; a subprocess.
 
-`checks.agent` starts one of these per GPU (one per node where there is none) and kills it at the deadline. It prints one
-JSON object a line: {"at": stage} before what may hang, {"set": name, "value": figure} after. It waits on its standard
-input for its place in the group: {"rank", "world", "address", "port"}; rank 0 opens the store and prints {"port"}.
+`checks.agent` starts one of these per GPU (one per node where there is none) and kills it at the deadline. It prints
+one JSON object a line: {"at": stage} before what may hang, {"set": name, "value": figure} after. It waits on its
+standard input for its place: {"rank", "world", "address", "port"}; rank 0 opens the store and prints {"port"}.
 
 Bus bandwidth is defined as in nccl-tests' doc/PERFORMANCE.md: bytes / seconds times a factor that makes figures of any
 number of ranks comparable with the links' speed.
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined] # public, but torch lists it nowhere
 
 from checks.trial import tried
 
@@ -122,7 +123,10 @@ def copy(device: torch.device) -> float:
 def host(device: torch.device) -> dict[str, float]:
     """GB/s from pinned host memory to the device, and back."""
     count = 256 * MIB
-    pinned, there = torch.ones(count, dtype=torch.uint8).pin_memory(), torch.empty(count, dtype=torch.uint8, device=device)
+    pinned, there = (
+        torch.ones(count, dtype=torch.uint8).pin_memory(),
+        torch.empty(count, dtype=torch.uint8, device=device),
+    )
     return {
         "to device": count / best(device, lambda: there.copy_(pinned, non_blocking=True), 4) / 1e9,
         "to host": count / best(device, lambda: pinned.copy_(there, non_blocking=True), 4) / 1e9,
@@ -172,9 +176,7 @@ def synchronize(device: torch.device) -> None:
 def join(place: dict[str, Any], kind: str, seconds: float) -> None:
     rank, world = int(place["rank"]), int(place["world"])
     patience = datetime.timedelta(seconds=seconds)
-    store = dist.TCPStore(
-        place["address"], int(place["port"]), None, rank == 0, patience, wait_for_workers=False
-    )
+    store = TCPStore(place["address"], int(place["port"]), None, rank == 0, patience, wait_for_workers=False)
     if rank == 0:
         say(port=store.port)
     dist.init_process_group(
@@ -214,7 +216,9 @@ def bus_bandwidth(name: str, size: int, device: torch.device) -> float:
     run(array, part)
     seconds = []
     for _ in range(REPEATS):
-        array.fill_(1.0)  # sums of sums overflow in the end, and denormal or infinite numbers are slow on a CPU
+        array.fill_(
+            1.0
+        )  # sums of sums overflow in the end, and denormal or infinite numbers are slow on a CPU
         settled(device)
         began = time.perf_counter()
         for _ in range(times):

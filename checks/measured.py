@@ -99,7 +99,11 @@ def rank_of(said: Any) -> Rank:
 def figure(value: Any, lost: Unread) -> Figure:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return lost if value is None else problem_of(value, f"{value!r} is no figure")
-    return float(value) if math.isfinite(value) and value >= 0 else Unread(Problem.ERROR, f"{value} is no figure")
+    return (
+        float(value)
+        if math.isfinite(value) and value >= 0
+        else Unread(Problem.ERROR, f"{value} is no figure")
+    )
 
 
 def problem_of(value: Any, otherwise: str) -> Unread:

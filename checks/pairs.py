@@ -103,7 +103,9 @@ def blamed(nodes: Sequence[str], history: History) -> list[Blame]:
     settled: set[str] = set()
     for node in nodes:
         if _is_bad(node, history):
-            why = "; ".join(f"with {one.pair.other(node)}: {one.why}" for one in failures if node in one.pair.nodes)
+            why = "; ".join(
+                f"with {one.pair.other(node)}: {one.why}" for one in failures if node in one.pair.nodes
+            )
             blames.append(Blame("node", (node,), why))
             settled.add(node)
     for pair, failed in _by_pair(failures).items():

@@ -1,7 +1,8 @@
 """The table of all checks: name, subject, tier, what each reads, and where its threshold comes from. Pure.
 
-A check is a function from (what is known of a node, Expectations) to its results; the decorator puts it into the table. Modules named
-`judge*.py` hold them. A tier that works (`active`) adds its own to the same table with its own kind of evidence.
+A check is a function from (what is known of a node, Expectations) to its results; the decorator puts it into the
+table. Modules named `judge*.py` hold them. A tier that works (`active`) adds its own to the same
+table with its own kind of evidence.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Faults for trying the active checks where no hardware is broken: CHECKS_TRIAL in the environment of a measurement.
 
     CHECKS_TRIAL='n3 stop'           the ranks of n3 stop (SIGSTOP) before their first collective
-    CHECKS_TRIAL='n3 slow'           every collective of n3 takes 0.2 s longer
+    CHECKS_TRIAL='n3 slow'           every collective of n3 takes 0.1 s longer
     CHECKS_TRIAL='n1-n4 slow'        the same only in groups that hold n1 and n4: their link
     CHECKS_TRIAL='n3 burn'           n3's matrix product is slow
 Several with commas. Who sets it reads that in the report.
@@ -14,13 +14,15 @@ import signal
 import time
 
 VARIABLE = "CHECKS_TRIAL"
-SLOW_SECONDS = 0.2
+SLOW_SECONDS = 0.1
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 
 def tried(stage: str) -> None:
     """Suffer what CHECKS_TRIAL says for this node at this stage."""
-    for fault in faults_of(os.environ.get(VARIABLE, ""), os.environ.get("CHECKS_NODE", ""), os.environ.get("CHECKS_GROUP", "")):
+    for fault in faults_of(
+        os.environ.get(VARIABLE, ""), os.environ.get("CHECKS_NODE", ""), os.environ.get("CHECKS_GROUP", "")
+    ):
         if fault == "stop" and stage.startswith(COLLECTIVES):
             os.kill(os.getpid(), signal.SIGSTOP)
         if fault == "slow" and stage in COLLECTIVES:

@@ -1,4 +1,4 @@
-"""jobs/preflight.sbatch: no recipe and no run, so no controller; the checks of an allocation, and their status. Pure."""
+"""jobs/preflight.sbatch: no recipe and no run, so no controller; the checks of an allocation. Pure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ for candidate in "${LAUNCHER_REPOSITORY:-}" "$submitted" "${SLURM_SUBMIT_DIR:-}"
   fi
 done
 if [ -z "$repository" ]; then
-  echo "preflight.sbatch: no repository at '$submitted' or '${SLURM_SUBMIT_DIR:-}'; set LAUNCHER_REPOSITORY to its folder" >&2
+  echo "preflight.sbatch: no repository at '$submitted' or '${SLURM_SUBMIT_DIR:-}'; set LAUNCHER_REPOSITORY" >&2
   exit 2
 fi
 

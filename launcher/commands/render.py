@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="*", metavar="KEY=VALUE", help="recipe=NAME cluster=NAME and overrides"
     )
-    parser.add_argument("--all", action="store_true", help="every recipe and the preflight, as the files of jobs/ have it")
+    parser.add_argument(
+        "--all", action="store_true", help="every recipe and the preflight, as the files of jobs/ have it"
+    )
     parser.add_argument("--write", action="store_true", help="with --all: write jobs/*.sbatch")
 
 

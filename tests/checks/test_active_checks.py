@@ -63,7 +63,9 @@ def test_a_check_that_could_not_measure_does_not_pass(name: str, problem: str) -
 
 
 @pytest.mark.parametrize("name", ACTIVE)
-@pytest.mark.parametrize("record", [None, [], "x", {}, {"ranks": []}, {"ranks": [None]}, {"ranks": 7, "gpus": "2"}])
+@pytest.mark.parametrize(
+    "record", [None, [], "x", {}, {"ranks": []}, {"ranks": [None]}, {"ranks": 7, "gpus": "2"}]
+)
 def test_a_report_that_makes_no_sense_is_no_pass(name: str, record: Any) -> None:
     assert Verdict.PASS not in [one.verdict for one in judged(name, record, job=replace(JOB, paired=0))]
 

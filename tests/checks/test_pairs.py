@@ -22,7 +22,9 @@ def played(nodes: list[str], bad: set[str], links: set[Bad] = frozenset()) -> tu
         everybody = [node for pair in pairs for node in (pair.a, pair.b)]
         assert len(everybody) == len(set(everybody)), "a node is in two pairs of a round"
         assert all(pair.a != pair.b for pair in pairs)
-        history.append([Outcome(pair, not (pair.nodes & bad or pair.nodes in links), "slow") for pair in pairs])
+        history.append(
+            [Outcome(pair, not (pair.nodes & bad or pair.nodes in links), "slow") for pair in pairs]
+        )
         assert len(history) <= MOST_ROUNDS
     return blamed(nodes, history), len(history)
 
