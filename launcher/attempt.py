@@ -7,14 +7,25 @@ a stop file, stacks or the end of the tasks go out.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from launcher import codeversion, hangs, outcome, ownjob, preflight, rendezvous, runs, slurm, stopping, traces
+from launcher import (
+    codeversion,
+    hangs,
+    outcome,
+    ownjob,
+    preflight,
+    rendezvous,
+    runs,
+    slurm,
+    stopping,
+    traces,
+    verdicts,
+)
 from launcher.allocation import Allocation
 from launcher.heartbeats import Straggler
 from launcher.outcome import Outcome
@@ -28,9 +39,6 @@ LOOK_SECONDS = 0.5
 """Between two looks at the heartbeats: one small file per rank."""
 LOG_TAIL_BYTES = 16_384
 EXIT_TERMINATED = 128 + 15
-_LAUNCH_FAILED_ON = re.compile(
-    r"(?:launch|Launch)\b.* failed on node (?P<node>[\w.-]+)|Node failure on (?P<down>[\w.-]+)"
-)
 
 
 class Step(Protocol):
@@ -143,14 +151,12 @@ class _Attempt:
             say("preflight is off")
             return None
         clock = time.monotonic()
-        findings = preflight.run(
+        judged = preflight.run(
             spec, self.allocation, master=self._master, attempt_dir=self.dir, python=self.here.python,
-            environment=self.here.environment,
+            environment=self.here.environment, say=say,
         )  # fmt: skip
         self.seconds["preflight"] = round(time.monotonic() - clock, 3)
-        for finding in findings:
-            say(f"preflight: {finding}")
-        return _blocked(findings) if findings else None
+        return verdicts.outcome_of(judged, preflight.failed_earlier(self.here.run.path, self.dir))
 
     def start(self) -> None:
         here = self.here
@@ -289,7 +295,7 @@ class _Attempt:
         named = tuple(
             match["node"] or match["down"]
             for line in self.step.last_lines()
-            if (match := _LAUNCH_FAILED_ON.search(line))
+            if (match := verdicts.LAUNCH_FAILED_ON.search(line))
         )
         try:
             job = ownjob.look(self.allocation.job_id)
@@ -299,18 +305,6 @@ class _Attempt:
             return named
         gone = tuple(node for node in self.allocation.nodes if job.nodes and node not in job.nodes)
         return tuple(dict.fromkeys((*named, *gone, *down)))
-
-
-def _blocked(findings: list[preflight.Finding]) -> Outcome:
-    """What the preflight found, as the end of an attempt."""
-    evidence = tuple(str(finding) for finding in findings[: outcome.MOST_EVIDENCE])
-    for finding in findings:
-        if match := _LAUNCH_FAILED_ON.search(finding.read):
-            node = match["node"] or match["down"]
-            return Outcome(
-                "node_failure", f"preflight: no task starts on {node}", node=node, evidence=evidence
-            )
-    return Outcome("hardware", f"preflight: {findings[0]}", node=findings[0].node, evidence=evidence)
 
 
 def _log_tails(attempt_dir: Path) -> tuple[str, ...]:
