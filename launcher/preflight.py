@@ -148,8 +148,16 @@ def _look_for_markers(reports: list[dict[str, Any]], folder: Path) -> None:
 
 
 def _vote(reports: list[dict[str, Any]]) -> None:
-    """Add to each report how its node compares with most."""
-    traits = {report["node"]: report["traits"] for report in reports if "traits" in report}
+    """Add to each report how its node compares with most.
+
+    A node that is known to be bad by itself has no vote: of two nodes it would make a tie out of its own fault.
+    """
+    known = {finding.node for finding in findings_of(reports)}
+    traits = {
+        report["node"]: report["traits"]
+        for report in reports
+        if "traits" in report and report["node"] not in known
+    }
     if len(traits) > 1:
         same = consensus.compared(traits)
         for report in reports:

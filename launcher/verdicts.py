@@ -49,7 +49,7 @@ class Judged:
     def shared(self) -> dict[str, list[Finding]]:
         """By check, the findings of those that block on every node, of two or more."""
         by_check: dict[str, list[Finding]] = {}
-        for finding in self.findings:
+        for finding in self.own:
             by_check.setdefault(finding.check, []).append(finding)
         return {
             check: found
@@ -58,13 +58,28 @@ class Judged:
         }
 
     @property
+    def own(self) -> tuple[Finding, ...]:
+        """Without the votes that nobody won: those say that nodes differ, and of none that it is wrong."""
+        return tuple(finding for finding in self.findings if finding not in self.ties)
+
+    @property
+    def ties(self) -> tuple[Finding, ...]:
+        return tuple(
+            finding
+            for finding in self.findings
+            if finding.check.startswith("same.") and finding.verdict == "unknown"
+        )
+
+    @property
     def suspects(self) -> tuple[str, ...]:
-        """The nodes with a finding, worst first: fail before unknown."""
-        order = sorted(self.findings, key=lambda one: one.verdict != "fail")
+        """The nodes to do without, worst first: fail before unknown. Whether all of them is another question."""
+        order = sorted(self.own, key=lambda one: one.verdict != "fail")
         return tuple(dict.fromkeys(finding.node for finding in order))
 
     def of(self, node: str) -> tuple[Finding, ...]:
-        return tuple(finding for finding in self.findings if finding.node == node)
+        """What made a node a suspect, fail before unknown."""
+        own = (finding for finding in self.own if finding.node == node)
+        return tuple(sorted(own, key=lambda one: one.verdict != "fail"))
 
 
 def findings_of(reports: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -119,6 +134,16 @@ def outcome_of(judged: Judged, failed_earlier: Mapping[str, str]) -> Outcome | N
                 reason = f"preflight: {finding}; {other} failed it before, {_way_out(finding.check)}"
                 return Outcome("hardware", reason, evidence=evidence)
     suspects = judged.suspects
+    if not suspects:
+        first = judged.ties[0]
+        differ = ", ".join(
+            dict.fromkeys(f"{each.node} {each.read}" for each in judged.ties if each.check == first.check)
+        )
+        return Outcome(
+            "hardware",
+            f"preflight: {first.check} differs, and there is no majority: {differ}",
+            evidence=evidence,
+        )
     first = judged.of(suspects[0])[0]
     more = f" (and {', '.join(suspects[1:])})" if len(suspects) > 1 else ""
     return Outcome(

@@ -94,9 +94,10 @@ def test_a_spare_takes_the_place_of_a_node_that_fails(launcher: Launcher, tmp_pa
     nodes = "nodes=3" if check == "same.torch" else "nodes=2"  # two nodes have no majority
     python = interpreter(tmp_path, {"n2": fault(check, tmp_path)})
     run = submitted(launcher, python, nodes, "spares=1", "preflight=passive")
-    first, second = ended(run), ended(run, 2)
-    assert (first["cause"], first["tasks_started"], first["action"]) == ("hardware", None, "restarted")
+    first = ended(run)
     assert first["reason"].startswith(f"preflight: n2: {check} fail: ")
+    assert (first["cause"], first["tasks_started"], first["action"]) == ("hardware", None, "restarted")
+    second = ended(run, 2)
     assert first["excluded"] == ["n2"]
     assert (second["cause"], second["job_id"]) == ("done", first["job_id"])
     assert "n2" not in second["nodes"]
