@@ -48,7 +48,7 @@ fi
 
 # A slurmctld that does not answer costs a second; the checks have a budget of their own within theirs.
 ask_slurm() {
-  timeout --kill-after=0.5 1.5 "$scontrol" "$@"
+  timeout --kill-after=0.2 1 "$scontrol" "$@"
 }
 
 # First line: the verdict of the whole. Second: what is to be said of it.
@@ -70,14 +70,15 @@ print("pass\n" if checks else "unknown\nno check was made")
 '
 report=$(
   cd / && export PYTHONPATH="$repository" SLURMD_NODENAME="$node" &&
-    timeout --kill-after=0.5 5.5 "$python" -P -m checks --json --budget=4 "${words[@]}"
+    timeout --kill-after=0.2 5 "$python" -P -m checks --json --budget=4 "${words[@]}"
 )
 status=$?
 if [ "$status" -eq 64 ]; then
   complain "python -m checks does not take the words of $conf"
   exit 64
 fi
-answer=$(printf '%s' "$report" | "$python" -I -c "$judge")
+answer=$(printf '%s' "$report" | timeout --kill-after=0.2 1.5 "$python" -I -c "$judge")
+: "${answer:=unknown}"
 verdict=${answer%%$'\n'*}
 said=${answer#*$'\n'}
 

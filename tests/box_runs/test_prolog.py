@@ -18,6 +18,7 @@ from launcher import box as boxes
 from launcher import slurm
 from launcher.paths import REPOSITORY
 from tests.box_runs.support import Launcher, wait_until
+from tests.checks.nodes import LIMITS
 
 PROLOG = REPOSITORY / "env" / "prolog.sh"
 ONLY = "host.nofile"
@@ -87,7 +88,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Record 
     return changed
 
 
-LOW = {"value": "Max open files            64                   64                   files     \n"}
+LOW = {"value": LIMITS.replace("1048576", "64     ")}
 
 
 def test_only_a_failure_drains_and_only_an_own_drain_is_ended(
@@ -108,7 +109,7 @@ def test_only_a_failure_drains_and_only_an_own_drain_is_ended(
     assert failed.returncode == 1, failed.stderr
     state, reason = site.node()
     assert state == "IDLE+DRAIN"
-    assert reason.startswith("preflight: host.nofile: 64, expected at least 4096")
+    assert reason.startswith("preflight: host.nofile: Max open files 64, expected at least 4096")
     assert site.prolog(ONLY, unseen).returncode == 0
     assert site.node()[0] == "IDLE+DRAIN"  # nobody knows whether it is well again
     assert site.prolog(ONLY, healthy, job="7").returncode == 0
@@ -129,7 +130,7 @@ def test_a_check_that_hangs_and_a_slurm_that_is_away_take_less_than_ten_seconds(
 ) -> None:
     stuck = tmp_path / "stuck"
     stuck.write_text(
-        "#!/bin/sh\ncase $* in *checks*) sleep 60 ;; esac\nexec " + shlex.quote(sys.executable) + ' "$@"\n'
+        "#!/bin/sh\ncase $3 in checks) sleep 60 ;; esac\nexec " + shlex.quote(sys.executable) + ' "$@"\n'
     )
     stuck.chmod(0o755)
     hangs = site.prolog(python=str(stuck))
@@ -162,4 +163,4 @@ def test_as_health_check_program_slurmd_drains_its_own_node(
         file.write(f"HealthCheckProgram={wrapper}\nHealthCheckInterval=2\nHealthCheckNodeState=ANY\n")
     site.launcher.slurm("scontrol", "reconfigure")
     wait_until(lambda: "DRAIN" in site.node()[0], "the drain", 60)
-    assert site.node()[1].startswith("preflight: host.nofile: 64")
+    assert site.node()[1].startswith("preflight: host.nofile: Max open files 64")
