@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--node", default=_own_name(), help=argparse.SUPPRESS)
     parser.add_argument(
-        "--budget", type=float, default=BUDGET_SECONDS, help="seconds that looking may take (default 4.5)"
+        "--budget", type=float, default=BUDGET_SECONDS, help="seconds that looking may take (default 4)"
     )
     parser.add_argument(
         "--deadline",

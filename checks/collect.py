@@ -1,4 +1,4 @@
-"""One node's facts, from any Source: four collectors side by side, because each mostly waits. Asks a Source."""
+"""One node's facts, from any Source: collectors side by side, because each mostly waits. Asks a Source."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def collect_node(source: Source, name: str, expected: Expectations) -> Node:
             seconds[subject] = round(time.monotonic() - began, 3)
 
     # The workers answer each in a process of its own; a thread here waits for one of them, with a deadline.
-    with ThreadPoolExecutor(max_workers=6, thread_name_prefix="collect") as pool:
+    with ThreadPoolExecutor(max_workers=8, thread_name_prefix="collect") as pool:
         gpus = pool.submit(timed, "gpu", lambda: collect_gpus(source))
         log = pool.submit(timed, "kernel log", lambda: collect_kernel_log(source))
         acs = pool.submit(timed, "lspci", lambda: collect_acs(source))
         folders = pool.submit(timed, "folders", lambda: collect_file_systems(source, expected.folders))
         names = pool.submit(timed, "names", lambda: collect_names(source, expected))
+        host = pool.submit(timed, "host", lambda: collect_host(source))
+        versions = pool.submit(timed, "versions", lambda: collect_versions(source))
+        environment = timed("environment", lambda: collect_environment(source))
         pci = timed("pci", lambda: collect_pci(source))
         rdma = timed("rdma", lambda: collect_rdma(source))
         interfaces = timed("interfaces", lambda: collect_interfaces(source, rdma))
-        host = timed("host", lambda: collect_host(source))
-        environment = timed("environment", lambda: collect_environment(source))
-        versions = timed("versions", lambda: collect_versions(source))
         driver = gpus.result()
         return Node(
             name=name,
@@ -60,10 +60,10 @@ def collect_node(source: Source, name: str, expected: Expectations) -> Node:
             rdma=rdma,
             interfaces=interfaces,
             file_systems=folders.result(),
-            host=replace(host, kernel_log=log.result()),
+            host=replace(host.result(), kernel_log=log.result()),
             names=names.result(),
             environment=environment,
             named_files=collect_named_files(source, environment),
-            versions={"driver": driver.driver, "cuda": driver.cuda, **versions},
+            versions={"driver": driver.driver, "cuda": driver.cuda, **versions.result()},
             seconds=seconds,
         )

@@ -26,12 +26,12 @@ from checks.reading import Problem, Reading, Unread, shortened
 READ_SECONDS = 1.0
 """sysfs and procfs answer in microseconds, a live NFS in milliseconds."""
 
-NVML_SECONDS = 4.0
+NVML_SECONDS = 3.5
 """nvmlInit takes seconds where persistence mode is off: the driver wakes every GPU."""
 
-RUN_SECONDS = 4.0
-BUDGET_SECONDS = 4.5
-"""The passive tier may take 5 s on a node, whatever hangs there."""
+RUN_SECONDS = 3.5
+BUDGET_SECONDS = 4.0
+"""The passive tier may take 5 s on a node, whatever hangs there, and starting Python takes some of them."""
 
 Record = dict[str, Any]
 """{"value": …} or {"problem": …, "detail": …}."""
@@ -115,8 +115,8 @@ class Live(Source):
         # Who gives a machine more time in all, because it is busy or a person waits, means each answer too.
         self._patience = max(1.0, budget / BUDGET_SECONDS)
         self._run = runner or run_command
-        # A hanging driver must not cost the answers of the file system, and the other way round.
-        self._lanes = {"nvml": _Lane(), "files": _Lane(), "mounts": _Lane(), "network": _Lane()}
+        # What hangs in one lane must not cost the answers of another.
+        self._lanes = {name: _Lane() for name in ("nvml", "sys", "proc", "own", "mounts", "network")}
 
     def wait(self, seconds: float) -> None:
         time.sleep(max(0.0, min(seconds, self._left())))
@@ -136,7 +136,7 @@ class Live(Source):
             reading = self._run(args, min(RUN_SECONDS * self._patience, self._left()))
             record = closed(reading if isinstance(reading, Unread) else matching_lines(reading, keep))
         else:
-            lane, seconds = _LANES.get(op, ("files", READ_SECONDS))
+            lane, seconds = _lane_of(op, args)
             seconds = min(seconds * self._patience, self._left())
             record = self._lanes[lane].ask(op, self._placed(op, args), seconds, key)
         self.records[key] = record
@@ -150,7 +150,7 @@ class Live(Source):
 
 
 _PATH_OPERATIONS = frozenset({"read", "start", "list", "link", "statvfs", "written"})
-_LANES = {
+_LANES: dict[str, tuple[str, float]] = {
     "nvml": ("nvml", NVML_SECONDS),
     "nvml_field": ("nvml", NVML_SECONDS),
     "statvfs": ("mounts", 2.0),
@@ -158,6 +158,13 @@ _LANES = {
     "resolve": ("network", 2.0),
     "connect": ("network", 4.0),
 }
+
+
+def _lane_of(op: str, args: Sequence[Any]) -> tuple[str, float]:
+    """Which worker is asked, and how long it may take. Drivers answer for /sys and /dev, and they are what hangs."""
+    if op in _PATH_OPERATIONS and op not in _LANES:
+        return ("sys" if str(args[0]).startswith(("/sys/", "/dev")) else "proc"), READ_SECONDS
+    return _LANES.get(op, ("own", READ_SECONDS))
 
 
 class _Lane:

@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "recipes": Command("list the recipes", "launcher.commands.recipes"),
     "show": Command("print the resolved configuration of a job", "launcher.commands.show"),
     "render": Command("print a job's sbatch file", "launcher.commands.render"),
+    "env": Command("the network's variables on this machine, and why", "launcher.commands.env"),
     "submit": Command("submit a job, or one per combination of a sweep", "launcher.commands.submit"),
     "status": Command("how a run is, and why it failed", "launcher.commands.status"),
     "logs": Command("what a run's controller and ranks printed", "launcher.commands.logs"),

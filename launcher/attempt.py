@@ -15,6 +15,7 @@ from typing import Protocol
 
 from launcher import (
     codeversion,
+    fabric,
     hangs,
     outcome,
     ownjob,
@@ -140,29 +141,51 @@ class _Attempt:
         self._log = OwnLog.begin() if allocation.job_id else None
         self._master = ""
         self._started = 0.0
+        self._fabric: Mapping[str, str] = {}
 
     # --- before the tasks ---------------------------------------------------------------------------------------
 
     def check(self) -> Outcome | None:
         """Find the master's address and look at every node; what blocks the start, or None."""
         self._master = _master_address(self.allocation)
-        spec = self.here.spec
-        if spec.preflight == "off":
-            say("preflight is off")
-            return None
         clock = time.monotonic()
-        judged = preflight.run(
-            spec, self.allocation, master=self._master, attempt_dir=self.dir, python=self.here.python,
-            environment=self.here.environment, say=say,
-        )  # fmt: skip
+        judged = self._preflight()
+        if judged is None or not judged.findings:
+            fabric_findings = self._derive_fabric()
+            nodes = (
+                self.allocation.nodes
+                if self.allocation.job_id
+                else tuple(f.node for f in fabric_findings[:1])
+            )
+            judged = verdicts.Judged(nodes, tuple(fabric_findings))
         self.seconds["preflight"] = round(time.monotonic() - clock, 3)
         return verdicts.outcome_of(judged, preflight.failed_earlier(self.here.run.path, self.dir))
+
+    def _preflight(self) -> verdicts.Judged | None:
+        if self.here.spec.preflight == "off":
+            say("preflight is off")
+            return None
+        return preflight.run(
+            self.here.spec, self.allocation, master=self._master, attempt_dir=self.dir, python=self.here.python,
+            environment=self.here.environment, say=say,
+        )  # fmt: skip
+
+    def _derive_fabric(self) -> list[verdicts.Finding]:
+        """Without preflight too: a fabric that somebody has named is a promise about the job's network."""
+        prepared = fabric.prepare(
+            self.here.spec, self.allocation, master=self._master, attempt_dir=self.dir, python=self.here.python,
+            environment=self.here.environment,
+        )  # fmt: skip
+        for line in prepared.lines:
+            say(line)
+        self._fabric = prepared.variables
+        return prepared.findings
 
     def start(self) -> None:
         here = self.here
         launch = Launch(
             here.spec, self.allocation, REPOSITORY, here.run.path, self.dir, self._master, here.python,
-            _contract(here, self.number, self.dir), self._lost_nodes,
+            _contract(here, self.number, self.dir, self._fabric), self._lost_nodes,
         )  # fmt: skip
         self._started = time.time()
         if batch := os.environ.get("LAUNCHER_BATCH_STARTED"):
@@ -325,11 +348,14 @@ def _master_address(allocation: Allocation) -> str:
     return rendezvous.resolve(slurm.node_addresses([first])[first])
 
 
-def _contract(here: Here, number: int, attempt_dir: Path) -> dict[str, str]:
+def _contract(
+    here: Here, number: int, attempt_dir: Path, fabric_variables: Mapping[str, str]
+) -> dict[str, str]:
     """The variables that a recipe may rely on, beyond torch's own (which the task wrapper sets)."""
     paths = [str(REPOSITORY), *filter(None, [here.environment.get("PYTHONPATH")])]
     return {
         **traces.variables(attempt_dir, {**here.environment, **here.spec.environment}),
+        **fabric_variables,
         **here.spec.environment,
         "RUN_DIR": str(here.run.path),
         "ATTEMPT": str(number),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from checks.fabric_facts import FabricKind
 from launcher.machine import NodeFacts, box_node, this_machine
 from launcher.paths import REPOSITORY
 from launcher.settings import SETTINGS, read_settings, whole_number
@@ -36,7 +37,7 @@ PROFILE_KEYS = (
     frozenset({"inherits", "executor", *_CAPACITY_KEYS, "container", "checks", "sbatch", "env"})
     | {key for key in _PROFILE_SETTINGS if "." not in key}
 )  # fmt: skip
-_FABRIC_KEYS = frozenset({"env"})
+_FABRIC_KEYS = frozenset({"kind", "env"})
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,18 @@ class ClusterProfile:
     capacity: Capacity
     settings: Mapping[str, Any]
     """Typed settings of every job on it, with dotted keys; without those that are null."""
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """One fabric as its YAML file describes it."""
+
+    name: str
+    file: str
+    """The YAML file as messages name it."""
+    kind: FabricKind
+    """What the variables of a node are derived as; `auto` where the file does not say."""
+    environment: Mapping[str, str]
 
 
 def profile_files(
@@ -114,16 +127,24 @@ def load_profile(
 
 def load_fabric(
     name: str, repository: Path = REPOSITORY, environment: Mapping[str, str] = os.environ
-) -> dict[str, str]:
-    """The environment variables of a fabric. Raises UserError: unknown fabric, or a mistake in its file."""
+) -> Fabric:
+    """The fabric called `name`. Raises UserError: unknown fabric, or a mistake in its file."""
     files = fabric_files(repository, environment)
     if name not in files:
         raise UserError(f"unknown fabric '{name}' (fabric=): {did_you_mean(name, files)}")
     path = files[name][0]
     shown = _shown(path, repository)
     content = read_mapping(path, _FABRIC_KEYS, shown=shown)
+    kind = content.pop("kind", AUTO)
+    if kind not in get_args(FabricKind):
+        raise UserError(f"{shown}: kind: one of {', '.join(get_args(FabricKind))} is wanted")
     variables = read_settings(content, shown=shown)
-    return {key.removeprefix("env."): value for key, value in variables.items() if value is not None}
+    return Fabric(
+        name,
+        shown,
+        kind,
+        {key.removeprefix("env."): value for key, value in variables.items() if value is not None},
+    )
 
 
 def _extra_folders(environment: Mapping[str, str]) -> list[Path]:

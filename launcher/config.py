@@ -243,10 +243,10 @@ def _check_world_size(shape: Shape, chosen: _Chosen, typed: Mapping[str, Any]) -
 
 def _spec(chosen: _Chosen, args: Mapping[str, Any], merged: Mapping[str, Any], shape: Shape) -> JobSpec:
     settings = {key: value for key, value in merged.items() if value is not None}
-    fabric = settings.get("fabric", "auto")
+    fabric = load_fabric(settings.get("fabric", AUTO), chosen.repository)
     environment = {
         "OMP_NUM_THREADS": str(_threads(shape, chosen.profile.capacity.cores_per_node)),
-        **load_fabric(fabric, chosen.repository),
+        **fabric.environment,
         **_group(settings, "env"),
     }
     container = Container(
@@ -288,7 +288,8 @@ def _spec(chosen: _Chosen, args: Mapping[str, Any], merged: Mapping[str, Any], s
         sbatch=_group(settings, "sbatch"),
         checks=expected,
         container=container,
-        fabric=fabric,
+        fabric=fabric.name,
+        fabric_kind=fabric.kind,
         spares=settings.get("spares", 0),
         environment=environment,
         **plain,

@@ -92,7 +92,7 @@ def _prepare_from_job_file(
     root = run_root(spec.run_root)
     run = runs.run_of_job(root, allocation.cluster, allocation.job_id) if allocation.restart_count else None
     if run is None:
-        run = runs.create(root, spec, words)
+        run = runs.create(root, spec, [*words, *_given_sizes(asked, spec)])
         runs.remember_job(root, allocation.cluster, allocation.job_id, run)
         where = {"box": box_name()} if spec.cluster == "box" else {}
         run.add_job(allocation.job_id, "slurm", log=own_log(), **where)
@@ -112,6 +112,14 @@ def last_of_each(words: list[str]) -> list[str]:
             raise UserError(f"{word}: this job file is for {chosen[key]}; use sbatch jobs/{value}.sbatch")
         chosen[key] = word
     return list(chosen.values())
+
+
+def _given_sizes(asked: JobSpec, given: JobSpec) -> list[str]:
+    """What sbatch's own flags changed, as words: a later `resume args.lr=…` keeps it."""
+    sizes = ("nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node")
+    return [
+        f"{size}={getattr(given, size)}" for size in sizes if getattr(asked, size) != getattr(given, size)
+    ]
 
 
 def _refuse_sizes(words: list[str], asked: JobSpec, given: JobSpec) -> None:

@@ -105,8 +105,9 @@ def _ask(
     command = [python, "-m", "checks", f"--tier={tier}", "--json", *words]
     nodes = allocation.nodes if allocation.job_id else ()
     if nodes:
-        command = [*_one_per_node(allocation), *command]
-    output, complaint = _output_of(command, environment, DEADLINE_SECONDS[tier])
+        command = [*one_per_node(allocation), *command]
+        command.insert(1, "--label")
+    output, complaint = output_of(command, environment, DEADLINE_SECONDS[tier])
     reports = reports_in(output, labelled=bool(nodes))
     return reports + silent(reports, nodes, complaint)
 
@@ -208,7 +209,7 @@ def _write(
     path.write_text(json.dumps(content, indent=1))
 
 
-def _one_per_node(allocation: Allocation) -> list[str]:
+def one_per_node(allocation: Allocation) -> list[str]:
     nodes = len(allocation.nodes)
     return [
         "srun",
@@ -219,14 +220,13 @@ def _one_per_node(allocation: Allocation) -> list[str]:
         "--cpus-per-task=1",
         "--overlap",  # a step that lost a node holds the CPUs of the others for a minute after its end
         "--kill-on-bad-exit=0",  # a warning is status 2; where slurm.conf says KillOnBadExit=1 it would end the others
-        "--label",
         "--mpi=none",
         "--export=ALL",
         "--input=none",
     ]
 
 
-def _output_of(command: list[str], environment: Mapping[str, str], deadline: float) -> tuple[str, str]:
+def output_of(command: list[str], environment: Mapping[str, str], deadline: float = 60.0) -> tuple[str, str]:
     """What the checks printed, and the last line of complaint (their non-zero status alone is not one)."""
     try:
         done = subprocess.run(

@@ -101,8 +101,15 @@ def _unknown(last: status.RunStatus, why: str) -> status.RunStatus:
 
 
 def describe(metrics: dict[str, Any]) -> str:
-    """One line of a step: "step 40/200  loss 3.214  1,234 tokens/s  0:42 left"."""
-    parts = [f"step {metrics['step']}/{metrics['steps']}", f"loss {metrics['loss']:.4f}"]
+    """One line of a step: "step 40/200  loss 3.214  1,234 tokens/s  0:42 left".
+
+    A recipe that measures has no loss and says what it measured: "step 3/12  all_reduce 1 MiB: 12.3 GB/s".
+    """
+    parts = [f"step {metrics['step']}/{metrics['steps']}"]
+    if metrics.get("loss") is not None:
+        parts.append(f"loss {metrics['loss']:.4f}")
+    if metrics.get("what"):
+        parts.append(str(metrics["what"]))
     rate = metrics.get("tokens_per_second")
     if rate:
         parts.append(f"{rate:,.0f} tokens/s")
@@ -121,7 +128,7 @@ def summary(run: runs.Run, current: status.RunStatus, console: Console, *, curve
     console.print(f"[bold {colour}]{current.state}[/]: {current.reason}", highlight=False)
     if current.state != "done":
         show_failure(run, console)
-    if curve and len(ledger.read_lines(run.metrics_file)) > 1:
+    if curve and sum("loss" in line for line in ledger.read_lines(run.metrics_file)) > 1:
         from recipes.lib import plots
 
         picture = run.path / "loss.png"
@@ -129,6 +136,11 @@ def summary(run: runs.Run, current: status.RunStatus, console: Console, *, curve
         width = min(console.width, 100)
         console.print(plots.loss_curve_terminal(run.metrics_file, width, 16), markup=False, highlight=False)
         console.print(f"loss curve     {picture}", highlight=False, soft_wrap=True)
+    elif curve and (shown := run.path / "results.txt").exists():
+        # A recipe that measures: its tables, and where its pictures are.
+        console.print(
+            shown.read_text(errors="replace").strip("\n"), markup=False, highlight=False, soft_wrap=True
+        )
     console.print(f"run directory  {run.path}", highlight=False, soft_wrap=True)
 
 

@@ -9,6 +9,7 @@ RUN_ROOT/ch4_fsdp-k3f9xq/
   state.json       what the controller is doing now, or how it ended
   attempts.jsonl   the ledger: one line per attempt
   metrics.jsonl    one line per logged optimizer step, over all attempts
+  results.txt      of a recipe that measures: its tables; results.jsonl has every figure
   attempt-01/      logs and evidence of the first attempt: rank-0.log, preflight.json, packages.txt, …
   checkpoints/
   submitit/        submitit's own files: job handles and the batch step's log
@@ -94,6 +95,11 @@ class Run:
 
     def write_spec(self, spec: JobSpec) -> None:
         write_text(self.spec_file, spec.to_json() + "\n")
+
+    def write_words(self, words: Sequence[str]) -> None:
+        """Note the words as they are after a change: the next change is one to these."""
+        about = {**self.info(), "words": list(words)}
+        write_text(self.path / "run.json", json.dumps(about, ensure_ascii=False) + "\n")
 
     def write_state(self, **fields: Any) -> None:
         write_text(self.state_file, json.dumps({**fields, "updated": time.time()}, ensure_ascii=False) + "\n")

@@ -88,6 +88,8 @@ class JobSpec:
     python: str = ""
     """Interpreter of the job; empty is .venv/bin/python of the repository."""
     fabric: str = "tcp"
+    fabric_kind: str = "auto"
+    """What the fabric's variables are derived as on each node: one of checks.fabric_facts.FabricKind."""
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Variables for the tasks: the fabric's, the profile's and `env.*` overrides, in that order."""
     run_root: str = ""

@@ -26,7 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from launcher import rendezvous, witness
+from launcher import node_environment, rendezvous, witness
 from launcher.outcome import STOPPED_EXIT
 
 ENDPOINT_FILE = "rendezvous/endpoint.json"
@@ -39,6 +39,8 @@ RENDEZVOUS_SECONDS = 300.0
 def main(argv: Sequence[str] | None = None) -> None:
     options, recipe = _parse(sys.argv[1:] if argv is None else argv)
     faulthandler.enable()
+    if options.mode != "worker":  # a worker inherits its agent's
+        node_environment.apply(options.attempt_dir, os.environ)
     if options.mode == "agent":
         _run_agent(options, recipe)
         return

@@ -56,6 +56,8 @@ class Logged:
     loss: float | None
     tokens: float | None
     tokens_per_second: float | None
+    seconds: float | None = None
+    """That the step took, as a recipe says which counts no tokens."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def logged_lines(lines: Iterable[Mapping[str, Any]]) -> list[Logged]:
         attempt, step, time = (number(line.get(key)) for key in ("attempt", "step", "time"))
         if attempt is None or step is None or time is None:
             continue
-        others = (number(line.get(key)) for key in ("loss", "tokens", "tokens_per_second"))
+        others = (number(line.get(key)) for key in ("loss", "tokens", "tokens_per_second", "seconds"))
         found.append(Logged(int(attempt), int(step), time, *others))
     return found
 
@@ -296,11 +298,13 @@ def _paint_steps(
 
 
 def _begin_of_steps(steps: Steps) -> float | None:
-    """When the first logged stretch of steps began: its tokens divided by its rate before its line.
+    """When the first logged stretch of steps began: its tokens divided by its rate before its line, or its seconds.
 
-    None where that line has no rate or where the attempt resumed is unknown.
+    None where that line has neither or where the attempt resumed is unknown.
     """
     line = steps.lines[0]
+    if line.seconds is not None:
+        return line.time - line.seconds
     if steps.resumed_after is None or not line.tokens or not line.tokens_per_second:
         return None
     mine = (

@@ -73,7 +73,8 @@ def resume(options: argparse.Namespace) -> int:
         raise UserError(f"run {found.id} is {now.state} (job {now.job_id}); cancel it first, or wait for it")
     spec = found.spec()
     if changes:
-        (point,) = compose_points(_merged(found.info()["words"], changes))
+        words = _merged(found.info()["words"], changes)
+        (point,) = compose_points(words)
         if point.spec.recipe != spec.recipe:
             # DDP's checkpoints are FSDP's as well; a recipe that cannot read them says so before its first step.
             console.print(
@@ -89,6 +90,7 @@ def resume(options: argparse.Namespace) -> int:
         use_cluster(spec.cluster)
         check_submittable(spec)
         found.write_spec(spec)
+        found.write_words(words)
     _submit(found, spec, options, console)
     return _wait_for([found], options, console)
 

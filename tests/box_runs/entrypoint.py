@@ -24,6 +24,7 @@ def main() -> None:
     )
     seen = {name: os.environ[name] for name in (*contract, "RUN_DIR", "ATTEMPT")}
     seen["node"] = os.environ.get("SLURMD_NODENAME", "")
+    seen |= {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "GLOO_", "UCX_"))}
     folder = Path(os.environ["RUN_DIR"])
     (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
     if options["mode"] == "torch":

@@ -221,9 +221,10 @@ def test_two_launchers_that_resume_one_run_at_once(
 
 def test_four_nodes_then_two_then_three(launcher: Launcher, folder: Path, undisturbed: Losses) -> None:
     started = start(launcher, folder, nodes=4)
-    for attempt, nodes in ((1, 2), (2, 3)):
-        stop(started, attempt)
-        launcher("resume", started.run.id, f"nodes={nodes}")
+    stop(started, 1)
+    launcher("resume", started.run.id, "nodes=2")
+    stop(started, 2)
+    launcher("resume", started.run.id, "nodes=3")
     records = check(started, undisturbed, ["cancelled", "cancelled", "done"], tolerance=OTHER_ORDER)
     assert [len(record["nodes"]) for record in records] == [4, 2, 3]
 
@@ -234,6 +235,18 @@ def test_ddp_goes_on_as_fsdp(launcher: Launcher, folder: Path, undisturbed: Loss
     launcher("resume", started.run.id, "recipe=ch4_fsdp")
     check(started, undisturbed, ["cancelled", "done"], tolerance=OTHER_ORDER)
     assert started.run.spec().recipe == "ch4_fsdp"
+
+
+def test_a_change_keeps_those_before_it(launcher: Launcher, folder: Path) -> None:
+    started = start(launcher, folder, nodes=3)
+    stop(started)
+    launcher("resume", started.run.id, "recipe=ch4_fsdp", "args.keep=2")
+    stop(started, 2)
+    launcher("resume", started.run.id, "args.keep=1")
+    assert ended(started.run, 3)["cause"] == "done"
+    spec = started.run.spec()
+    assert (spec.recipe, spec.nodes, spec.args["keep"]) == ("ch4_fsdp", 3, 1)
+    assert len(list((started.run.path / "checkpoints").glob("step-*"))) == 1
 
 
 def stop(started: Started, attempt: int = 1) -> None:

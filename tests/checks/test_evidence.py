@@ -95,6 +95,23 @@ def test_a_node_full_of_hanging_files_costs_the_budget_and_no_more(tmp_path: Pat
     assert problem_of(node.host.limits) is Problem.TIMED_OUT
 
 
+def test_what_hangs_under_sys_costs_nothing_of_proc(tmp_path: Path) -> None:
+    folder = tmp_path / "sys" / "class" / "net" / "eth0"
+    folder.mkdir(parents=True)
+    for name in ("mtu", "operstate", "speed", "type", "carrier_changes"):
+        os.mkfifo(folder / name)
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "limits").write_text(
+        "Limit\nMax open files            1024      4096      files\n"
+    )
+    with Live(str(tmp_path), budget=3.0) as source:
+        node = collect_node(source, "n1", Expectations())
+    assert node.host.limits == {"Max open files": "1024"}
+    assert not isinstance(node.environment, Unread)
+    assert not isinstance(node.interfaces, Unread)
+    assert problem_of(node.interfaces[0].mtu) is Problem.TIMED_OUT
+
+
 def test_a_process_that_hangs_in_a_read_exits_at_once(tmp_path: Path) -> None:
     """A thread in the same place would keep the interpreter from exiting."""
     os.mkfifo(tmp_path / "fifo")

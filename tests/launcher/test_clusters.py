@@ -88,7 +88,11 @@ def test_a_profile_takes_variables_of_the_shell(
         ("executor: slrum", "executor: one of slurm, local, debug is wanted"),
         ("partition: gpu", "executor: one of slurm, local, debug is wanted"),
         ("inherits: slrum", "inherits: unknown cluster 'slrum': did you mean slurm?"),
-        ("inherits: bad", "inherits: unknown cluster 'bad': there is box, debug, local, slurm"),
+        (
+            "inherits: bad",
+            "inherits: unknown cluster 'bad': there is aws-p5, aws-p5en, azure-ndv5, box, debug, dgx-h100, "
+            "gcp-a3mega, local, oci-h100, slurm",
+        ),
         (
             "inherits: slurm\ngpus_per_node: many",
             "gpus_per_node: a whole number is wanted (or machine or box)",

@@ -34,8 +34,8 @@ class Everything:
     flag: bool = argument(False, "yes or no")
     maybe: int | None = argument(None, "a number or null")
     maybe_text: str | None = argument(None, "a text or null")
-    numbers: list[int] = argument([1], "whole numbers", minimum=0)  # noqa: RUF009 - it is dataclasses.field
-    words: list[str] = argument([], "words", choices=("left", "right"))  # noqa: RUF009
+    numbers: list[int] = argument([1], "whole numbers", minimum=0)
+    words: list[str] = argument([], "words", choices=("left", "right"))
     strategy: str = argument("full_shard", "which way", choices=("full_shard", "shard_grad_op"))
 
 

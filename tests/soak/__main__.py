@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 def soak(launcher: Launcher, folder: Path, count: int, chance: random.Random) -> None:
     steps = (count + 2) * STEPS_BETWEEN[1]
-    words = (f"args.steps={steps}", f"args.save_every={SAVE_EVERY}", "env.HANG_SECONDS=8")
+    words = (f"args.steps={steps}", f"args.save_every={SAVE_EVERY}", "env.HANG_SECONDS=15")
     undisturbed = start(launcher, folder / "undisturbed", *words)
     if (record := ended(undisturbed.run, seconds=3600.0))["cause"] != "done":
         raise Disagreement(f"the undisturbed run ended with {record['cause']}: {record['reason']}")
