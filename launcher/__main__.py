@@ -47,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     "checkpoints": Command(
         "list, verify, prune and export a run's checkpoints", "launcher.commands.checkpoints"
     ),
+    "nodes": Command("nodes that new jobs stay away from, and why", "launcher.commands.nodes"),
     "cancel": Command("end a run's job", "launcher.commands.cancel"),
     "resume": Command(
         "submit a run again; it continues from its newest checkpoint",

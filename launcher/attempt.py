@@ -7,7 +7,6 @@ a stop file, stacks or the end of the tasks go out.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from launcher import (
     slurm,
     stopping,
     traces,
+    verdicts,
 )
 from launcher.allocation import Allocation
 from launcher.heartbeats import Straggler
@@ -40,9 +40,6 @@ LOOK_SECONDS = 0.5
 """Between two looks at the heartbeats: one small file per rank."""
 LOG_TAIL_BYTES = 16_384
 EXIT_TERMINATED = 128 + 15
-_LAUNCH_FAILED_ON = re.compile(
-    r"(?:launch|Launch)\b.* failed on node (?P<node>[\w.-]+)|Node failure on (?P<down>[\w.-]+)"
-)
 
 
 class Step(Protocol):
@@ -152,22 +149,28 @@ class _Attempt:
         """Find the master's address and look at every node; what blocks the start, or None."""
         self._master = _master_address(self.allocation)
         clock = time.monotonic()
-        findings = self._preflight() or self._derive_fabric()
+        judged = self._preflight()
+        if judged is None or not judged.findings:
+            fabric_findings = self._derive_fabric()
+            nodes = (
+                self.allocation.nodes
+                if self.allocation.job_id
+                else tuple(f.node for f in fabric_findings[:1])
+            )
+            judged = verdicts.Judged(nodes, tuple(fabric_findings))
         self.seconds["preflight"] = round(time.monotonic() - clock, 3)
-        for finding in findings:
-            say(f"preflight: {finding}")
-        return _blocked(findings) if findings else None
+        return verdicts.outcome_of(judged, preflight.failed_earlier(self.here.run.path, self.dir))
 
-    def _preflight(self) -> list[preflight.Finding]:
+    def _preflight(self) -> verdicts.Judged | None:
         if self.here.spec.preflight == "off":
             say("preflight is off")
-            return []
+            return None
         return preflight.run(
             self.here.spec, self.allocation, master=self._master, attempt_dir=self.dir, python=self.here.python,
-            environment=self.here.environment,
+            environment=self.here.environment, say=say,
         )  # fmt: skip
 
-    def _derive_fabric(self) -> list[preflight.Finding]:
+    def _derive_fabric(self) -> list[verdicts.Finding]:
         """Without preflight too: a fabric that somebody has named is a promise about the job's network."""
         prepared = fabric.prepare(
             self.here.spec, self.allocation, master=self._master, attempt_dir=self.dir, python=self.here.python,
@@ -315,7 +318,7 @@ class _Attempt:
         named = tuple(
             match["node"] or match["down"]
             for line in self.step.last_lines()
-            if (match := _LAUNCH_FAILED_ON.search(line))
+            if (match := verdicts.LAUNCH_FAILED_ON.search(line))
         )
         try:
             job = ownjob.look(self.allocation.job_id)
@@ -325,18 +328,6 @@ class _Attempt:
             return named
         gone = tuple(node for node in self.allocation.nodes if job.nodes and node not in job.nodes)
         return tuple(dict.fromkeys((*named, *gone, *down)))
-
-
-def _blocked(findings: list[preflight.Finding]) -> Outcome:
-    """What the preflight found, as the end of an attempt."""
-    evidence = tuple(str(finding) for finding in findings[: outcome.MOST_EVIDENCE])
-    for finding in findings:
-        if match := _LAUNCH_FAILED_ON.search(finding.read):
-            node = match["node"] or match["down"]
-            return Outcome(
-                "node_failure", f"preflight: no task starts on {node}", node=node, evidence=evidence
-            )
-    return Outcome("hardware", f"preflight: {findings[0]}", node=findings[0].node, evidence=evidence)
 
 
 def _log_tails(attempt_dir: Path) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ _MEASURED = ("gpus_per_node", "cpus_per_node", "max_nodes")
 _CAPACITY_KEYS = (*_MEASURED, "cpu_tasks_per_node")
 _PROFILE_SETTINGS = frozenset(SETTINGS) - {"nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task"}
 PROFILE_KEYS = (
-    frozenset({"inherits", "executor", *_CAPACITY_KEYS, "container", "sbatch", "env"})
+    frozenset({"inherits", "executor", *_CAPACITY_KEYS, "container", "checks", "sbatch", "env"})
     | {key for key in _PROFILE_SETTINGS if "." not in key}
 )  # fmt: skip
 _FABRIC_KEYS = frozenset({"kind", "env"})

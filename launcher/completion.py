@@ -26,7 +26,11 @@ def complete(parser: argparse.ArgumentParser) -> None:
 
 def attach_completers(parser: argparse.ArgumentParser) -> bool:
     """Give a command's positional `words` and `run` their completers; True if it takes words."""
-    completers: dict[str, Completer] = {"words": complete_word, "run": complete_run}
+    completers: dict[str, Completer] = {
+        "words": complete_word,
+        "run": complete_run,
+        "nodes": complete_node,
+    }
     for action in parser._actions:  # argparse has no public list of them
         if action.dest in completers and not action.option_strings:
             action.completer = completers[action.dest]  # type: ignore[attr-defined]
@@ -39,6 +43,20 @@ def complete_run(prefix: str, **_: Any) -> dict[str, str]:
 
     directories = (path.parent.name for path in run_root().glob("*/run.json"))
     return {directory.rpartition("-")[2]: directory for directory in directories}
+
+
+def complete_node(prefix: str, **_: Any) -> dict[str, str]:
+    """Nodes that are on record, with the reason."""
+    from launcher import badnodes
+    from launcher.paths import known_run_roots
+
+    records = [
+        bad
+        for root in known_run_roots()
+        for cluster in badnodes.clusters(root)
+        for bad in badnodes.everything(root, cluster)
+    ]
+    return {bad.node: bad.reason for bad in records}
 
 
 def complete_word(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> dict[str, str]:

@@ -24,7 +24,7 @@ from launcher.paths import REPOSITORY, absolute
 from launcher.recipes import RecipeEntry, load_recipe, recipe_files, recipe_for_more_ranks
 from launcher.settings import OPEN_GROUPS, SETTINGS, is_setting, read_setting
 from launcher.shape import SHAPE_KEYS, Shape, resolve_shape
-from launcher.spec import Container, JobSpec, UserError
+from launcher.spec import Container, Expected, JobSpec, UserError
 from launcher.suggest import did_you_mean, nearest
 from recipes.lib.arguments import (
     Argument,
@@ -262,6 +262,10 @@ def _spec(chosen: _Chosen, args: Mapping[str, Any], merged: Mapping[str, Any], s
         )
     if container.kind != "none" and not container.image:
         raise UserError(f"container.kind={container.kind}: container.image= is missing")
+    expected = Expected(
+        settings.get("checks.sku"), settings.get("checks.rails"), settings.get("checks.without", ())
+    )
+    _check_names(expected.without)
     plain = {
         key: settings[key]
         for key in (
@@ -282,6 +286,7 @@ def _spec(chosen: _Chosen, args: Mapping[str, Any], merged: Mapping[str, Any], s
         cpus_per_task=shape.cpus_per_task,
         time_minutes=settings.get("time", DEFAULT_MINUTES),
         sbatch=_group(settings, "sbatch"),
+        checks=expected,
         container=container,
         fabric=fabric.name,
         fabric_kind=fabric.kind,
@@ -289,6 +294,18 @@ def _spec(chosen: _Chosen, args: Mapping[str, Any], merged: Mapping[str, Any], s
         environment=environment,
         **plain,
     )
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise UserError for a check that does not exist: on a node it would cost a start."""
+    if not names:
+        return
+    from checks.catalog import UnknownCheck, named  # 45 checks, which most commands have no use for
+
+    try:
+        named(names, None)
+    except UnknownCheck as error:
+        raise UserError(f"checks.without: {error}") from None
 
 
 def _threads(shape: Shape, cores_per_node: int | None) -> int:

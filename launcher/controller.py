@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launcher import (
+    badnodes,
     codeversion,
     durations,
     ledger,
@@ -44,6 +45,7 @@ EXIT_GOES_ON = STOPPED_EXIT
 KEPT_SECONDS = 5.0
 """Before the time limit: after it a requeue is no longer possible."""
 LONGEST_RETRY_SECONDS = 1800.0
+ASK_SECONDS = 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -208,6 +210,7 @@ def _one_attempt(here: Here, bad: tuple[str, ...]) -> Decision:
         saved_out=durations.last_saved(events), code=codeversion.recorded(run.path),
         excluded=bad, slow=ended.slow,
     )  # fmt: skip
+    _put_on_record(here, number, ended)
     job = _now(here)
     decision = recovery.decide(
         outcome, [*ledger.past(run.attempts_file), ledger.past_of(dataclasses.asdict(record))],
@@ -307,7 +310,27 @@ def _possible(
         spare_nodes=len(spares) if in_slurm else 0,
         interactive=here.spec.executor == "debug",
         preflight_failed=ended.tasks_started is None,
+        indispensable=_indispensable(here, ended, bad),
     )
+
+
+def _indispensable(here: Here, ended: Ended, bad: Sequence[str]) -> str:
+    """Why the job cannot do without the nodes that the preflight found; "" where it can."""
+    suspects = ended.outcome.suspects
+    if not suspects or not here.allocation.job_id:
+        return ""
+    until = time.time() + ASK_SECONDS
+    try:
+        return ownjob.exclusion(here.allocation.job_id, (*bad, *suspects), until, say).reason
+    except slurm.SlurmError as error:
+        say(f"whether enough nodes remain without {', '.join(suspects)} is not known: {error}")
+        return ""  # the requeue insists until slurmctld is back, and asks again then
+
+
+def _put_on_record(here: Here, number: int, ended: Ended) -> None:
+    """Nodes that ended this attempt, for those who submit after us."""
+    for node in recovery.left_behind(ended.outcome) if here.allocation.job_id else ():
+        badnodes.note_outcome(here.run, here.allocation.cluster, number, node, ended.outcome)
 
 
 def _working_nodes(here: Here, bad: Sequence[str]) -> tuple[str, ...]:

@@ -20,8 +20,8 @@ from checks.given import given_by, replaced
 from launcher import node_environment, preflight
 from launcher.allocation import Allocation
 from launcher.node_environment import Group, common_variables, differing_variables
-from launcher.preflight import Finding
 from launcher.spec import JobSpec
+from launcher.verdicts import Finding
 
 MOST_LINES = 8
 """Warnings in the batch step's log; environment.json has them all."""

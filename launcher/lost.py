@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher import durations, ledger, ownjob, recovery, runs, slurm
+from launcher import badnodes, durations, ledger, ownjob, recovery, runs, slurm
 from launcher.allocation import Allocation
 from launcher.outcome import Outcome
 from launcher.saying import say
@@ -46,6 +46,8 @@ def settle(run: runs.Run, allocation: Allocation) -> str:
             "decision": refusal or "the next controller goes on",
         }
         ledger.append_line(run.attempts_file, record)
+        if outcome.node and allocation.job_id:
+            badnodes.note_outcome(run, allocation.cluster, number, outcome.node, outcome)
         say(f"attempt {number} left no ledger line: {outcome.cause}: {outcome.reason}")
     return refusal
 

@@ -93,6 +93,8 @@ class Outcome:
     node: str = ""
     """The node that is to blame, where one is."""
     evidence: tuple[str, ...] = ()
+    suspects: tuple[str, ...] = ()
+    """Every node to leave behind, where the preflight found several."""
 
     @property
     def state(self) -> State:

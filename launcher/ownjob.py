@@ -29,6 +29,7 @@ _AWAY = (
     "Zero Bytes",
     "no answer within",
 )
+_ENDED_BY_TERM = "failed with status -15"
 _NODE_GONE = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN")
 _NODE_LEAVING = (*_NODE_GONE, "DRAIN")
 """A draining node runs its jobs to their end; somebody will look at it after, so no new step should begin there."""
@@ -250,7 +251,14 @@ def requeue(job_id: str, exclude: Sequence[str], until: float, say: Callable[[st
     insist(["scontrol", "requeue", job_id], until, say)
     if exclude:
         # Slurm takes a change of nodes for a pending job only, so it comes after; KillWait leaves the time for it.
-        insist(["scontrol", "update", f"jobid={job_id}", f"ExcNodeList={','.join(exclude)}"], until, say)
+        command = ["scontrol", "update", f"jobid={job_id}", f"ExcNodeList={','.join(exclude)}"]
+        try:
+            insist(command, until, say)
+        except slurm.SlurmError as error:
+            if _ENDED_BY_TERM not in str(error):
+                raise
+            # The job's SIGTERM reaches every process in it, this command too where it was running. It comes once.
+            insist(command, until, say)
 
 
 def submit_successor(

@@ -1,44 +1,39 @@
 """The preflight hook: every node of the job is looked at before a task starts. Subprocess and network.
 
-Runs `python -m checks` once per node, with the controller's own interpreter on the host, and reads one JSON line from
-each. A node that gives no answer is unknown, and unknown blocks.
+Runs `python -m checks` once per node, with the controller's own interpreter on the host, reads one JSON line from
+each, and lets the nodes vote. A node that gives no answer is unknown, and unknown blocks.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from checks import consensus
+from checks.catalog import named
+from checks.expectations import FABRICS
+from checks.hostlist import folded
+from checks.report import folded_table
+from checks.verdict import CheckResult, Verdict
 from launcher.allocation import Allocation
 from launcher.spec import JobSpec
+from launcher.verdicts import BLOCKING, Judged, findings_of, silent
 
-DEADLINE_SECONDS = 60.0
-"""A node that has not answered by then is not going to: the checks themselves take less than 6 s."""
+DEADLINE_SECONDS = {"minimal": 60.0, "passive": 60.0, "active": 150.0}
+"""A node that has not answered by then is not going to: the checks themselves take less than 6, 6 and 90 s."""
 
-BLOCKING = frozenset({"fail", "unknown"})
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A check that blocks: on which node, what was read, what was expected, what to do."""
-
-    node: str
-    check: str
-    verdict: str
-    read: str
-    expected: str
-    remedy: str
-
-    def __str__(self) -> str:
-        advice = f"; {self.remedy}" if self.remedy else ""
-        return f"{self.node}: {self.check} {self.verdict}: {self.read}, expected {self.expected}{advice}"
+TABLE_WIDTH = 180
+_NO_RDMA = {"loopback": "none"}
+_LABELLED = re.compile(r"^ *(?P<task>\d+): (?P<text>.*)$")
 
 
 def run(
@@ -49,47 +44,169 @@ def run(
     attempt_dir: Path,
     python: str,
     environment: Mapping[str, str],
-) -> list[Finding]:
-    """Check every node and return what blocks, [] when all is well. The whole report is left in preflight.json."""
+    say: Callable[[str], None],
+) -> Judged:
+    """Check every node and say what blocks. The whole report is left in preflight.json, a table in the log."""
+    began = time.monotonic()
     folder = attempt_dir / "preflight"
     folder.mkdir()
+    nodes = allocation.nodes if allocation.job_id else ()
+    tier = "minimal" if spec.preflight == "minimal" else "passive"
     with _listening() as port:
-        checks = [python, "-m", "checks", "--tier=minimal", "--json", f"--gpus={spec.gpus_per_node}"]
-        command = [*checks, f"--writable={folder}", f"--master={master}:{port}"]
-        if allocation.job_id:
-            command = [*one_per_node(allocation), *command]
-        output, complaint = output_of(command, environment)
-    reports = [json.loads(line) for line in output.splitlines() if line.startswith('{"node"')]
-    findings = blocking_findings(reports, allocation.nodes if allocation.job_id else (), complaint)
+        words = [f"--writable={folder}", f"--master={master}:{port}", *expectations(spec)]
+        reports = _ask(tier, words, allocation, python, environment)
+    _look_for_markers(reports, folder)
+    if tier == "passive":
+        _vote(reports)
+    if spec.preflight == "full" and not findings_of(reports):
+        reports += _under_load(spec, allocation, python, environment, say)
+    judged = Judged(nodes or tuple(report["node"] for report in reports[:1]), tuple(findings_of(reports)))
+    seconds = time.monotonic() - began
+    _write(attempt_dir / "preflight.json", spec, reports, judged, seconds)
+    if tier != "minimal":
+        _tell(reports, seconds, say)
+    for finding in judged.findings if tier == "minimal" else ():
+        say(f"preflight: {finding}")
+    return judged
+
+
+def expectations(spec: JobSpec) -> list[str]:
+    """What a node of this job should be, as words for `python -m checks`. Pure."""
+    words = [f"--gpus={spec.gpus_per_node}"]
+    fabric = _NO_RDMA.get(spec.fabric, spec.fabric)
+    if fabric in FABRICS:  # `auto` expects nothing: a device that is not there is a warning
+        words.append(f"--fabric={fabric}")
+    if "exclusive" not in spec.sbatch:
+        words.append("--shared")
+    if spec.checks.sku:
+        words.append(f"--sku={spec.checks.sku}")
+    if spec.checks.rails is not None:
+        words.append(f"--rails={spec.checks.rails}")
+    return [*words, *(f"--without={name}" for name in spec.checks.without)]
+
+
+def failed_earlier(run_dir: Path, attempt_dir: Path) -> dict[str, str]:
+    """By check, a node on which it blocked in an earlier attempt of the run."""
+    found: dict[str, str] = {}
+    for path in sorted(run_dir.glob("attempt-*/preflight.json")):
+        if path.parent != attempt_dir:
+            content = json.loads(path.read_text())
+            listed = (
+                content["findings"] if isinstance(content, dict) else []
+            )  # an older launcher wrote reports alone
+            found |= {one["check"]: one["node"] for one in listed}
+    return found
+
+
+def _ask(
+    tier: str, words: Sequence[str], allocation: Allocation, python: str, environment: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """One report of each node."""
+    command = [python, "-m", "checks", f"--tier={tier}", "--json", *words]
+    nodes = allocation.nodes if allocation.job_id else ()
+    if nodes:
+        command = [*one_per_node(allocation), *command]
+        command.insert(1, "--label")
+    output, complaint = output_of(command, environment, DEADLINE_SECONDS[tier])
+    reports = reports_in(output, labelled=bool(nodes))
+    return reports + silent(reports, nodes, complaint)
+
+
+def reports_in(output: str, *, labelled: bool) -> list[dict[str, Any]]:
+    """The reports in what the checks printed; what else they printed is passed over. Pure.
+
+    srun passes a line on in pieces of 1 KB (its IO message), and pieces of several tasks mix. With --label each piece
+    is a line with its task's number, so that a task's text can be put together again.
+    """
+    texts: dict[str, str] = {"": output}
+    if labelled:
+        texts = {}
+        for line in output.splitlines():
+            if match := _LABELLED.match(line):
+                texts[match["task"]] = texts.get(match["task"], "") + match["text"]
+    reports = []
+    for text in texts.values():
+        start = text.find('{"node"')
+        if start < 0:
+            continue
+        try:
+            report, _ = json.JSONDecoder().raw_decode(text, start)
+        except json.JSONDecodeError:
+            continue  # cut off: the node is then one that gave no report, and that blocks
+        reports.append(report)
+    return reports
+
+
+def _look_for_markers(reports: list[dict[str, Any]], folder: Path) -> None:
+    """A node whose file does not arrive writes to another folder of the same name."""
     written = {path.name.removeprefix("node-") for path in folder.iterdir()}
-    findings += [
-        Finding(report["node"], "run_dir", "fail", "its file is not seen on the first node", "a shared folder",
-                "run_root must be on a file system that every node mounts")
-        for report in reports
-        if report["node"] not in written and not any(f.node == report["node"] for f in findings)
-    ]  # fmt: skip
-    (attempt_dir / "preflight.json").write_text(json.dumps(reports, indent=1))
-    return findings
+    for report in reports:
+        blocked = any(item["verdict"] in BLOCKING for item in report["checks"])
+        if report["node"] not in written and not blocked:
+            missing = CheckResult("run_dir", Verdict.FAIL, "its file is not seen on the first node", "a shared folder",
+                                  "run_root must be on a file system that every node mounts")  # fmt: skip
+            report["checks"].append(asdict(missing))
 
 
-def blocking_findings(reports: list[dict[str, Any]], nodes: tuple[str, ...], complaint: str) -> list[Finding]:
-    """The blocking checks of all reports, and one finding for each node that did not report. Pure."""
-    findings = [
-        Finding(
-            report["node"], item["check"], item["verdict"], item["read"], item["expected"], item["remedy"]
-        )
+def _vote(reports: list[dict[str, Any]]) -> None:
+    """Add to each report how its node compares with most.
+
+    A node that is known to be bad by itself has no vote: of two nodes it would make a tie out of its own fault.
+    """
+    known = {finding.node for finding in findings_of(reports)}
+    traits = {
+        report["node"]: report["traits"]
         for report in reports
-        for item in report["checks"]
-        if item["verdict"] in BLOCKING
-    ]
-    answered = {report["node"] for report in reports}
-    silent = [node for node in nodes if node not in answered]
-    findings += [
-        Finding(node, "report", "unknown", complaint or "no answer", "a report", "") for node in silent
-    ]
-    if not reports and not silent:
-        findings.append(Finding("localhost", "report", "unknown", complaint or "no answer", "a report", ""))
-    return findings
+        if "traits" in report and report["node"] not in known
+    }
+    if len(traits) > 1:
+        same = consensus.compared(traits)
+        for report in reports:
+            report["checks"] += [asdict(result) for result in same.get(report["node"], [])]
+
+
+def _under_load(
+    spec: JobSpec,
+    allocation: Allocation,
+    python: str,
+    environment: Mapping[str, str],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """The checks that load GPUs and network, in the environment of the tasks, once a node has passed the others."""
+    if not named((), "active"):
+        say("preflight: no check under load is registered; preflight=full is as passive")
+        return []
+    return _ask("active", expectations(spec), allocation, python, {**environment, **spec.environment})
+
+
+def _results(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[CheckResult]]:
+    found: dict[str, list[CheckResult]] = {}
+    for report in reports:
+        results = [CheckResult(**{**item, "verdict": Verdict(item["verdict"])}) for item in report["checks"]]
+        found.setdefault(report["node"], []).extend(results)
+    return found
+
+
+def _tell(reports: Sequence[Mapping[str, Any]], seconds: float, say: Callable[[str], None]) -> None:
+    results = _results(reports)
+    for line in folded_table(results, width=TABLE_WIDTH).splitlines():
+        say(f"preflight: {line}")
+    count = sum(map(len, results.values()))
+    say(f"preflight: {count} results of {len(results)} nodes ({folded(results)}) in {seconds:.1f} s")
+
+
+def _write(
+    path: Path, spec: JobSpec, reports: Sequence[Mapping[str, Any]], judged: Judged, seconds: float
+) -> None:
+    content = {
+        "preflight": spec.preflight,
+        "seconds": round(seconds, 3),
+        "expected": expectations(spec),
+        "suspects": judged.suspects,
+        "findings": [asdict(finding) for finding in judged.findings],
+        "nodes": reports,
+    }
+    path.write_text(json.dumps(content, indent=1))
 
 
 def one_per_node(allocation: Allocation) -> list[str]:
@@ -102,13 +219,14 @@ def one_per_node(allocation: Allocation) -> list[str]:
         "--ntasks-per-node=1",
         "--cpus-per-task=1",
         "--overlap",  # a step that lost a node holds the CPUs of the others for a minute after its end
+        "--kill-on-bad-exit=0",  # a warning is status 2; where slurm.conf says KillOnBadExit=1 it would end the others
         "--mpi=none",
         "--export=ALL",
         "--input=none",
     ]
 
 
-def output_of(command: list[str], environment: Mapping[str, str]) -> tuple[str, str]:
+def output_of(command: list[str], environment: Mapping[str, str], deadline: float = 60.0) -> tuple[str, str]:
     """What the checks printed, and the last line of complaint (their non-zero status alone is not one)."""
     try:
         done = subprocess.run(
@@ -117,12 +235,12 @@ def output_of(command: list[str], environment: Mapping[str, str]) -> tuple[str, 
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=DEADLINE_SECONDS,
+            timeout=deadline,
         )
     except subprocess.TimeoutExpired as error:
         printed = error.stdout or b""
         text = printed.decode(errors="replace") if isinstance(printed, bytes) else printed
-        return text, f"no answer within {DEADLINE_SECONDS:.0f} s"
+        return text, f"no answer within {deadline:.0f} s"
     lines = [
         line for line in done.stderr.splitlines() if "Exited with exit code" not in line and line.strip()
     ]

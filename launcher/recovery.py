@@ -67,6 +67,8 @@ class Possible:
     interactive: bool = False
     preflight_failed: bool = False
     """No task was started."""
+    indispensable: str = ""
+    """Why the job cannot be put back into the queue without the nodes that the preflight found, "" where it can."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,31 @@ def decide(outcome: Outcome, past: Sequence[Past], possible: Possible) -> Decisi
     why_not = refusal(outcome, past)
     if why_not:
         return Decision("stopped", why_not)
-    bad = (outcome.node,) if outcome.cause in ("hardware", "node_failure") and outcome.node else ()
+    bad = left_behind(outcome)
     if _restarts_here(outcome, possible, bad):
         return Decision("restarted", "the tasks start again in this allocation", bad)
     if possible.preflight_failed and outcome.cause == "hardware":
-        return Decision("stopped", "a person has to look at what the preflight found")
+        # The checks would find the same again: the run may only go on without what they found.
+        if not bad:
+            return Decision(
+                "stopped", "it is no node's fault; a person has to look at what the preflight found"
+            )
+        if not possible.slurm:
+            return Decision("stopped", "a person has to look at what the preflight found")
+        if possible.indispensable:
+            return Decision("stopped", possible.indispensable)
     if not possible.slurm:
         return Decision("stopped", "there is no queue to go back to; resume continues it")
     if possible.may_requeue:
         return Decision("requeued", "the job goes back into the queue", bad)
     return Decision("successor", "this job may not be requeued; another one follows it", bad)
+
+
+def left_behind(outcome: Outcome) -> tuple[str, ...]:
+    """The nodes that the next attempt has to do without."""
+    if outcome.cause not in ("hardware", "node_failure"):
+        return ()
+    return outcome.suspects or ((outcome.node,) if outcome.node else ())
 
 
 def refusal(outcome: Outcome, past: Sequence[Past]) -> str:
@@ -133,9 +150,11 @@ def _restarts_here(outcome: Outcome, possible: Possible, bad: Sequence[str]) -> 
     enough = possible.seconds_left is None or possible.seconds_left > possible.worth_a_restart
     if possible.slurm_requeues or not enough:
         return False
+    if possible.preflight_failed and outcome.cause == "hardware":
+        return possible.slurm and 0 < len(bad) <= possible.spare_nodes
     if outcome.cause == "node_failure":
-        return possible.spare_nodes > 0
+        return possible.spare_nodes >= max(1, len(bad))
     if bad and possible.slurm:
-        # The card or the link will fail again: only with another node in its place.
-        return possible.spare_nodes > 0
+        # The card or the link will fail again: only with other nodes in their place.
+        return possible.spare_nodes >= len(bad)
     return outcome.cause in _ALLOCATION_HOLDS

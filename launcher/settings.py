@@ -185,6 +185,9 @@ SETTINGS: Mapping[str, Setting] = {
     "preflight": Setting(
         "checks before the start", _choice(get_args(Preflight)), get_args(Preflight), sweeps=True
     ),
+    "checks.sku": Setting("part of the GPU's name that every node must have: H100", text),
+    "checks.rails": Setting("RDMA devices that must be up on every node", _whole(0)),
+    "checks.without": Setting("checks that the nodes have no evidence for, with commas", items),
     "container.kind": Setting(
         "what runs the container", _choice(get_args(ContainerKind)), get_args(ContainerKind)
     ),

@@ -14,7 +14,8 @@ SPEC_VERSION = 1
 Executor = Literal["slurm", "local", "debug"]
 Launch = Literal["srun", "torchrun"]
 ContainerKind = Literal["none", "pyxis", "apptainer"]
-Preflight = Literal["off", "minimal"]
+Preflight = Literal["off", "minimal", "passive", "full"]
+"""Each tier holds the one before it: a few things, everything that can be read without load, everything under load."""
 
 
 class UserError(Exception):
@@ -33,6 +34,18 @@ class Container:
     mounts: tuple[str, ...] = ()
     python: str = "python3"
     """The interpreter inside the image."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a cluster's profile says of its nodes, for the preflight, beyond the sizes of the job."""
+
+    sku: str | None = None
+    """Part of the GPU's name."""
+    rails: int | None = None
+    """RDMA devices that are up."""
+    without: tuple[str, ...] = ()
+    """Checks and subjects that the nodes have no evidence for."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ class JobSpec:
 
     launch: Launch = "srun"
     preflight: Preflight = "minimal"
+    checks: Expected = Expected()
     container: Container = Container()
     activate: tuple[str, ...] = ()
     """Shell lines of the cluster profile that run on the batch node before the controller (module load …)."""
@@ -104,8 +118,10 @@ class JobSpec:
                 f"the run's spec has version {version}; this launcher reads version {SPEC_VERSION}"
             )
         container = fields.pop("container")
+        checks = fields.pop("checks", {})  # an older launcher wrote none
         return cls(
             **{**fields, "exclude": tuple(fields["exclude"]), "activate": tuple(fields["activate"])},
+            checks=Expected(**{**checks, "without": tuple(checks.get("without", ()))}),
             container=Container(**{**container, "mounts": tuple(container["mounts"])}),
         )
 

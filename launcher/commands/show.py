@@ -71,6 +71,11 @@ def _as_typed(spec: JobSpec) -> dict[str, Any]:
         "activate": list(spec.activate),
         "fabric": spec.fabric,
         "run_root": spec.run_root,
+        "checks": {
+            "sku": spec.checks.sku,
+            "rails": spec.checks.rails,
+            "without": list(spec.checks.without),
+        },
         "container": {
             "kind": spec.container.kind,
             "image": spec.container.image,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
 
 from rich.console import Console
 
-from launcher import codeversion, proven, runs, status
+from launcher import badnodes, codeversion, proven, runs, status
 from launcher.cluster_commands import use_cluster, use_cluster_of
 from launcher.config import Composed, compose_points
 from launcher.paths import REPOSITORY, known_run_roots, remember_run_root, run_root
@@ -117,7 +118,11 @@ def _start_new(point: Composed, options: argparse.Namespace, console: Console) -
 def _submit(new: runs.Run, spec: JobSpec, options: argparse.Namespace, console: Console) -> None:
     from launcher import executors  # submitit: a fifth of a second that --help and mistakes need not wait for
 
-    job_id = executors.submit(new, spec)
+    left_out = badnodes.leave_out(new.path.parent, spec)
+    for line in left_out.lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    # Not in the frozen spec: a later submission of the run looks at the record of its own day.
+    job_id = executors.submit(new, dataclasses.replace(spec, exclude=left_out.nodes))
     if options.json:
         print(
             json.dumps({"run": new.id, "job_id": job_id, "recipe": spec.recipe, "directory": str(new.path)})

@@ -14,7 +14,7 @@ import pytest
 from checks import minimal
 from checks.__main__ import main
 from checks.verdict import CheckResult, Verdict, worst
-from launcher.preflight import blocking_findings
+from launcher.verdicts import findings_of, silent
 
 
 @pytest.fixture
@@ -121,12 +121,12 @@ def report(node: str, verdict: Verdict) -> dict[str, object]:
     ("verdict", "count"), [(Verdict.PASS, 0), (Verdict.WARN, 0), (Verdict.UNKNOWN, 1), (Verdict.FAIL, 1)]
 )
 def test_unknown_and_fail_block_a_job(verdict: Verdict, count: int) -> None:
-    findings = blocking_findings([report("n1", verdict), report("n2", Verdict.PASS)], ("n1", "n2"), "")
+    findings = findings_of([report("n1", verdict), report("n2", Verdict.PASS)])
     assert [finding.node for finding in findings] == ["n1"] * count
 
 
 def test_a_node_without_a_report_blocks() -> None:
-    (finding,) = blocking_findings(
-        [report("n1", Verdict.PASS)], ("n1", "n2"), "srun: error: n2 does not answer"
+    (finding,) = findings_of(
+        silent([report("n1", Verdict.PASS)], ("n1", "n2"), "srun: error: n2 does not answer")
     )
     assert str(finding) == "n2: report unknown: srun: error: n2 does not answer, expected a report"

@@ -97,9 +97,10 @@ def test_a_run_of_this_machine_restarts_but_has_no_queue() -> None:
     )
 
 
-def test_what_the_preflight_found_waits_for_a_person_or_takes_a_spare() -> None:
+def test_what_the_preflight_found_on_a_node_is_left_behind_with_it() -> None:
     found, history = ended("hardware", "n2"), past("hardware", steps=False)
-    assert decide(found, history, Possible(slurm=True, preflight_failed=True)).action == "stopped"
+    queued = decide(found, history, Possible(slurm=True, preflight_failed=True))
+    assert (queued.action, queued.exclude) == ("requeued", ("n2",))
     assert (
         decide(found, history, Possible(slurm=True, preflight_failed=True, spare_nodes=1)).action
         == "restarted"

@@ -1,0 +1,205 @@
+"""A node that the preflight finds is left behind and the run goes on: with a spare, or from the queue.
+
+The faults are real to the process that looks: on one node of the box the checks run in namespaces of their own, with a
+full /dev/shm, without a network, without a GPU's device file, or with another torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import badnodes, runs
+from launcher import box as boxes
+from tests.box_runs.support import FAST, Launcher, ended, submit_entrypoint, wait_until
+from tests.box_runs.survival import STEPS, job, runs_log, start_now
+
+SHORT = {**STEPS, "steps": 6, "seconds": 0.05}
+CHECKS = f'{shlex.quote(sys.executable)} "$@"'
+FULL_SHM = "mount -t tmpfs -o size=64m none /dev/shm && head -c 60m /dev/zero > /dev/shm/full"
+GPU_FOLDER = (
+    "mkdir -p {folder} && touch {folder}/null {file} && mount --bind /dev/null {folder}/null && "
+    "mount --bind {folder} /dev"
+)
+
+
+@pytest.fixture(autouse=True)
+def namespaces() -> None:
+    if subprocess.run(["unshare", "-rmn", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this kernel lets nobody make namespaces, in which a node's fault is put")
+
+
+def interpreter(folder: Path, faults: dict[str, str]) -> Path:
+    """An interpreter for python=: on the named nodes the checks start with these words of shell before them."""
+    cases = "\n".join(
+        f"    {node}) exec {words.replace('CHECKS', CHECKS)} ;;" for node, words in faults.items()
+    )
+    path = folder / "python"
+    path.write_text(
+        f'#!/bin/sh\nif [ "$2" = checks ]; then case "$SLURMD_NODENAME" in\n{cases}\nesac; fi\n'
+        f'exec {shlex.quote(sys.executable)} "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def with_mounts(shell: str) -> str:
+    inside = shlex.quote(f'{shell} && exec "$0" "$@"')
+    return f"unshare -rm sh -c {inside} CHECKS"
+
+
+def another_torch(folder: Path) -> str:
+    about = folder / "elsewhere" / "torch-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
+    return f"env PYTHONPATH={about.parent}:$PYTHONPATH CHECKS"
+
+
+def fault(name: str, folder: Path) -> str:
+    match name:
+        case "host.shm":
+            return with_mounts(FULL_SHM)
+        case "names.master":
+            return "unshare -rn CHECKS"
+        case _:
+            return another_torch(folder)
+
+
+def submitted(launcher: Launcher, python: Path, *words: str) -> runs.Run:
+    return submit_entrypoint(launcher, "tasks_per_node=1", f"python={python}", *words, **SHORT)
+
+
+def report_of(run: runs.Run, attempt: int) -> dict[str, Any]:
+    content = json.loads((run.path / f"attempt-{attempt:02d}" / "preflight.json").read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def on_record(launcher: Launcher) -> dict[str, str]:
+    found = launcher("nodes", "--json")
+    return {one["node"]: one["reason"] for one in json.loads(found.stdout)}
+
+
+@pytest.mark.parametrize("check", ["host.shm", "names.master", "same.torch"])
+def test_a_spare_takes_the_place_of_a_node_that_fails(launcher: Launcher, tmp_path: Path, check: str) -> None:
+    nodes = "nodes=3" if check == "same.torch" else "nodes=2"  # two nodes have no majority
+    python = interpreter(tmp_path, {"n2": fault(check, tmp_path)})
+    run = submitted(launcher, python, nodes, "spares=1", "preflight=passive")
+    first = ended(run)
+    assert first["reason"].startswith(f"preflight: n2: {check} fail: ")
+    assert (first["cause"], first["tasks_started"], first["action"]) == ("hardware", None, "restarted")
+    second = ended(run, 2)
+    assert first["excluded"] == ["n2"]
+    assert (second["cause"], second["job_id"]) == ("done", first["job_id"])
+    assert "n2" not in second["nodes"]
+    assert report_of(run, 1)["suspects"] == ["n2"]
+    assert report_of(run, 2)["suspects"] == []
+    assert check in runs_log(run)
+    assert on_record(launcher)["n2"].startswith(f"n2: {check} fail: ")
+
+
+def test_without_a_spare_the_job_goes_back_into_the_queue_without_the_node(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    python = interpreter(tmp_path, {"n2": fault("host.shm", tmp_path)})
+    run = submitted(launcher, python, "nodes=2", "preflight=passive")
+    first = ended(run)
+    assert (first["action"], first["excluded"]) == ("requeued", ["n2"])
+    wait_until(lambda: job(launcher, run)["Restarts"] == "1", "the requeue", 90)
+    start_now(launcher, run)
+    second = ended(run, 2)
+    assert second["cause"] == "done"
+    assert "n2" not in second["nodes"]
+    assert job(launcher, run)["ExcNodeList"] == "n2"
+
+
+def test_a_node_that_the_partition_cannot_spare_stops_the_run_with_the_reason(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    python = interpreter(tmp_path, {"n2": fault("host.shm", tmp_path)})
+    run = submitted(launcher, python, "nodes=4", "preflight=passive")
+    record = ended(run)
+    assert record["action"] == "stopped"
+    assert record["decision"].startswith("n2 cannot be excluded: the job needs 4 nodes")
+
+
+def test_what_all_nodes_fail_is_no_nodes_fault(launcher: Launcher, tmp_path: Path) -> None:
+    broken = fault("host.shm", tmp_path)
+    python = interpreter(tmp_path, dict.fromkeys(("n1", "n2", "n3", "n4"), broken))
+    run = submitted(launcher, python, "nodes=2", "preflight=passive")
+    record = ended(run)
+    assert (record["action"], record["excluded"]) == ("stopped", [])
+    assert record["reason"].startswith("preflight: on all 2 nodes: host.shm fail: ")
+    assert record["decision"].startswith("it is no node's fault")
+    assert on_record(launcher) == {}
+
+
+def test_a_later_submission_leaves_the_node_out_and_says_so_until_it_is_cleared(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    python = interpreter(tmp_path, {"n2": fault("names.master", tmp_path)})
+    run = submitted(launcher, python, "nodes=2", "spares=1", "preflight=passive")
+    assert ended(run, 2)["cause"] == "done"
+    words = ("submit", "recipe=ch3_ddp", "cluster=box", "tasks_per_node=1", *FAST)
+    said = launcher(*words, "nodes=2", "--wait").stdout
+    later = runs.all_runs([launcher.run_root])[-1]
+    assert "leaving out n2 until 20" in said
+    assert "because n2: names.master fail: " in said
+    assert "#SBATCH --exclude=n2\n" in later.script_file.read_text()
+    assert later.spec().exclude == ()
+    assert "n2" not in ended(later)["nodes"]
+    # Never more than the partition can afford.
+    said = launcher(*words, "nodes=4", "--wait").stdout
+    assert "n2 cannot be excluded: the job needs 4 nodes" in said
+    shown = launcher("nodes", "n2").stdout
+    assert f"{run.id}, attempt 1: {run.path}" in shown
+    assert "names.master fail" in shown
+    assert "new jobs on box-" in launcher("nodes", "--clear", "n2").stdout
+    assert "no node is left out" in launcher("nodes").stdout
+    assert "n2 is not on record" in launcher("nodes", "--clear", "n2", status=2).stderr
+    assert "leaving out" not in launcher(*words, "nodes=1", "--wait").stdout
+
+
+@pytest.fixture
+def gpu_box(launcher: Launcher, tmp_path: Path) -> Iterator[Launcher]:
+    """Three nodes to which Slurm gives a GPU each: links to /dev/null."""
+    (tmp_path / "devices").mkdir()
+    fakes = [tmp_path / "devices" / f"nvidia{number}" for number in range(3)]
+    for fake in fakes:
+        fake.symlink_to("/dev/null")
+    name = f"lost-gpu-{os.getpid()}"
+    made = boxes.up(nodes=3, name=name, gpu_device_files=fakes)
+    try:
+        environment = {**launcher.environment, **boxes.environment(made), "LAUNCHER_BOX": name}
+        yield dataclasses.replace(launcher, environment=environment)
+    finally:
+        boxes.down(name)
+
+
+def test_a_node_whose_gpu_fell_off_the_bus_is_left_behind(gpu_box: Launcher, tmp_path: Path) -> None:
+    def devices(node: str, file: str) -> str:
+        folder = tmp_path / f"dev-{node}"
+        return with_mounts(GPU_FOLDER.format(folder=folder, file=folder / file))
+
+    faults = {"n1": devices("n1", "nvidia0"), "n2": devices("n2", "null"), "n3": devices("n3", "nvidia0")}
+    run = submitted(gpu_box, interpreter(tmp_path, faults), "nodes=2", "spares=1", "preflight=minimal")
+    first, second = ended(run), ended(run, 2)
+    assert first["reason"].startswith("preflight: n2: gpus fail: 0 device files")
+    assert (first["action"], second["cause"], second["nodes"]) == ("restarted", "done", ["n1", "n3"])
+
+
+def test_a_record_of_another_cluster_of_the_same_folder_does_not_count(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    badnodes.clear(launcher.run_root, "elsewhere", ["n2"])
+    assert badnodes.clusters(launcher.run_root) == ["elsewhere"]
+    assert "no node is left out" in launcher("nodes").stdout
