@@ -11,6 +11,10 @@ from torch import Tensor
 from recipes.lib.collectives import Place
 from recipes.lib.schedules import ROOT, Schedule, Transfer
 
+NOTHING = -1.0
+"""What stands where nothing has arrived yet. Memory that is merely uninitialized may hold the last call's right result,
+and then a message that never came would go unnoticed."""
+
 
 def carry_out(
     schedule: Schedule, place: Place, array: Tensor, after_round: Callable[[int], None] | None = None
@@ -61,11 +65,11 @@ def like_torch(schedule: Schedule) -> Callable[[Place, Tensor, Tensor], None]:
             carry_out(schedule, place, out)
         elif schedule.collective == "scatter":
             # A rank other than the root has room for its own part alone; the others' parts never pass it.
-            whole = given.clone() if place.rank == ROOT else out.new_empty(len(out) * place.size)
+            whole = given.clone() if place.rank == ROOT else out.new_full((len(out) * place.size,), NOTHING)
             carry_out(schedule, place, whole)
             out.copy_(whole.chunk(place.size)[place.rank])
         else:  # gather
-            whole = out if place.rank == ROOT else out.new_empty(len(given) * place.size)
+            whole = out if place.rank == ROOT else out.new_full((len(given) * place.size,), NOTHING)
             whole.chunk(place.size)[place.rank].copy_(given)
             carry_out(schedule, place, whole)
 
