@@ -113,6 +113,10 @@ def test_reports_whose_pieces_srun_mixed_are_put_together_again() -> None:
     assert found == [json.loads(first), json.loads(second)]
     assert preflight.reports_in(f"hello\n{first}\n", labelled=False) == [json.loads(first)]
     assert preflight.reports_in(f"0: {first[:80]}\n", labelled=True) == []
+    both = "\n".join(f"0: {line}" for line in (first, first))
+    assert preflight.reports_in(both + "\n", labelled=True) == [json.loads(first)] * 2, (
+        "one task may report for all"
+    )
 
 
 def test_the_nodes_are_held_against_what_job_and_profile_say() -> None:
