@@ -28,6 +28,9 @@ from launcher.allocation import Allocation
 from launcher.spec import JobSpec
 from launcher.verdicts import BLOCKING, Judged, findings_of, silent
 
+LOOKING_SECONDS = 16
+"""What looking may take on a node, and each answer in proportion: 20 s are usual in a job. Less would take a
+node for hung that is only busy with the end of somebody's job. A node that answers is not slower for it."""
 DEADLINE_SECONDS = {"minimal": 60.0, "passive": 60.0, "active": 150.0}
 """A node that has not answered by then is not going to: the checks themselves take less than 6, 6 and 90 s."""
 
@@ -54,6 +57,8 @@ def run(
     tier = "minimal" if spec.preflight == "minimal" else "passive"
     with _listening() as port:
         words = [f"--writable={folder}", f"--master={master}:{port}", *expectations(spec)]
+        if tier == "passive":
+            words.append(f"--budget={LOOKING_SECONDS}")
         reports = _ask(tier, words, allocation, python, environment)
     _look_for_markers(reports, folder)
     if tier == "passive":

@@ -107,6 +107,21 @@ def test_a_spare_takes_the_place_of_a_node_that_fails(launcher: Launcher, tmp_pa
     assert on_record(launcher)["n2"].startswith(f"n2: {check} fail: ")
 
 
+def test_the_full_preflight_measures_the_nodes_before_the_run_starts_on_them(launcher: Launcher) -> None:
+    run = submit_entrypoint(launcher, "tasks_per_node=1", "nodes=2", "preflight=full", **SHORT)
+    assert ended(run)["cause"] == "done"
+    reports = report_of(run, 1)["nodes"]
+    for node in ("n1", "n2"):
+        read = {
+            one["check"]: one["verdict"]
+            for report in reports
+            if report["node"] == node
+            for one in report["checks"]
+        }
+        assert read["host.shm"] == "pass"
+        assert (read["burn.product"], read["net.all_reduce"], read["net.pairs"]) == ("pass",) * 3
+
+
 def test_without_a_spare_the_job_goes_back_into_the_queue_without_the_node(
     launcher: Launcher, tmp_path: Path
 ) -> None:
