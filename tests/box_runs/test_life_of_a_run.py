@@ -84,7 +84,7 @@ def test_a_rank_that_is_killed_is_named_and_its_log_shown(launcher: Launcher) ->
     run = submit_entrypoint(launcher, "nodes=2", "tasks_per_node=1", mode="kill", rank=1)
     record = ended(run)
     assert (record["state"], record["rank"]) == ("failed", 1)
-    assert re.fullmatch(r"rank 1 on n\d+: Killed", record["reason"]), record
+    assert re.fullmatch(r"rank 1 on n\d+: Killed \(SIGKILL\)", record["reason"]), record
 
 
 def test_an_exit_status_is_named(launcher: Launcher) -> None:
