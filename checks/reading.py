@@ -7,10 +7,10 @@ that has to say so. None of it is ever an exception.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import TypeVar
 
 
 class Problem(StrEnum):
@@ -74,10 +74,6 @@ def integer(reading: Reading, what: str = "") -> int | Unread:
 def line(reading: Reading, what: str = "") -> str | Unread:
     """The first line, without spaces around it; an empty file is an error."""
     return parsed(reading, lambda text: text.splitlines()[0].strip(), what)
-
-
-def first_unread(values: Iterable[Any]) -> Unread | None:
-    return next((value for value in values if isinstance(value, Unread)), None)
 
 
 def shortened(text: str, most: int = 80) -> str:

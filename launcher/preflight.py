@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from checks import consensus
-from checks.catalog import named
 from checks.expectations import FABRICS
 from checks.hostlist import folded
 from checks.report import folded_table
@@ -64,7 +63,7 @@ def run(
     if tier == "passive":
         _vote(reports)
     if spec.preflight == "full" and not findings_of(reports):
-        reports += _under_load(spec, allocation, python, environment, say)
+        reports += _under_load(spec, allocation, python, environment)
     judged = Judged(nodes or tuple(report["node"] for report in reports[:1]), tuple(findings_of(reports)))
     seconds = time.monotonic() - began
     _write(attempt_dir / "preflight.json", spec, reports, judged, seconds)
@@ -176,12 +175,8 @@ def _under_load(
     allocation: Allocation,
     python: str,
     environment: Mapping[str, str],
-    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """The checks that load GPUs and network, in the environment of the tasks, once a node has passed the others."""
-    if not named((), "active"):
-        say("preflight: no check under load is registered; preflight=full is as passive")
-        return []
     return _ask("active", expectations(spec), allocation, python, {**environment, **spec.environment})
 
 

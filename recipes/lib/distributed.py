@@ -159,12 +159,6 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def wait_for_all(world: World) -> None:
-    """Return when every rank has arrived, within PATIENCE; at once in a world of one."""
-    if world.patient is not None:
-        dist.barrier(world.patient)
-
-
 def from_first(value: T, world: World) -> T:
     """Rank 0's value, on every rank; it must survive pickling."""
     values = [value]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from launcher import box as box_module
-from tests.box_runs.support import Launcher
+from tests.box_runs.conformance import check, losses_by_step, start
+from tests.box_runs.support import Launcher, ended
 
 
 @pytest.fixture
@@ -36,3 +37,21 @@ def own_box(launcher: Launcher) -> Iterator[tuple[Launcher, box_module.Box]]:
         yield dataclasses.replace(launcher, environment=environment), made
     finally:
         box_module.down(name)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[int, float]]:
+    """What `undisturbed` keeps between the tests."""
+    return {}
+
+
+@pytest.fixture
+def undisturbed(launcher: Launcher, tmp_path: Path, found: dict[str, dict[int, float]]) -> dict[int, float]:
+    """The losses of the recipe on two nodes when nothing happens."""
+    if not found:
+        started = start(launcher, tmp_path / "undisturbed")
+        assert ended(started.run)["cause"] == "done"
+        found["losses"] = losses_by_step(started.run)
+        with pytest.raises(AssertionError, match="nothing ended the run"):
+            check(started, found["losses"], ["done"])
+    return found["losses"]

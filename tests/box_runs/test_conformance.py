@@ -26,30 +26,11 @@ from tests.box_runs.conformance import (
     in_a_save,
     in_a_step,
     logs_of,
-    losses_by_step,
     start,
 )
 from tests.box_runs.support import Launcher, ended, wait_until
 
 Losses = dict[int, float]
-
-
-@pytest.fixture(scope="module")
-def found() -> dict[str, Losses]:
-    """What `undisturbed` keeps between the tests."""
-    return {}
-
-
-@pytest.fixture
-def undisturbed(launcher: Launcher, tmp_path: Path, found: dict[str, Losses]) -> Losses:
-    """The losses of the recipe on two nodes when nothing happens."""
-    if not found:
-        started = start(launcher, tmp_path / "undisturbed")
-        assert ended(started.run)["cause"] == "done"
-        found["losses"] = losses_by_step(started.run)
-        with pytest.raises(AssertionError, match="nothing ended the run"):
-            check(started, found["losses"], ["done"])
-    return found["losses"]
 
 
 @pytest.fixture

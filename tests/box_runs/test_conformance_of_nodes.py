@@ -19,22 +19,6 @@ Losses = dict[int, float]
 AWAY_SECONDS = 60.0
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Losses]:
-    """What `undisturbed` keeps between the tests."""
-    return {}
-
-
-@pytest.fixture
-def undisturbed(launcher: Launcher, tmp_path: Path, found: dict[str, Losses]) -> Losses:
-    """The losses of the recipe on two nodes when nothing happens."""
-    if not found:
-        started = start(launcher, tmp_path / "undisturbed")
-        assert ended(started.run)["cause"] == "done"
-        found["losses"] = losses_by_step(started.run)
-    return found["losses"]
-
-
 def nodes_of(started: Started) -> list[str]:
     """The nodes of the first attempt, the batch node first."""
     about = json.loads((started.run.path / "attempt-01" / "attempt.json").read_text())
