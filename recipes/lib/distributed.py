@@ -152,10 +152,10 @@ def _start_process_group(world: World) -> None:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, store=store, rank=0, world_size=1)
 
 
-def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The sum of every rank's tensor, on every rank; the tensor itself in a world of one."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(value)
+def sum_over_ranks(value: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The sum of the tensors of all ranks (of `group`), on each of them; the tensor itself in a world of one."""
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(value, group=group)
     return value
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from recipes.lib.arguments import TrainArgs
+from recipes.lib.distributed import sum_over_ranks
 
 BETAS = (0.9, 0.95)
 """Llama's; with the usual 0.999 the second moment remembers the first, wild steps for too long."""
@@ -44,16 +47,39 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
+def clip_gradients(
+    model: nn.Module, limit: float, stage_group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
     """Scale the gradients down to the norm `limit` (0: leave them); gives the norm before that, on every
     rank.
 
-    The norm is global: over all parameters, and for sharded ones over all shards.
+    The norm is global: over all parameters, for sharded ones over all shards, and where the layers are spread over the
+    ranks of `stage_group`, over all of their layers.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    parts = list(_by_mesh(model).values())
+    norms = [_whole(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if stage_group is not None:
+        norm = sum_over_ranks(norm.square(), stage_group).sqrt()
     if limit > 0:
-        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+        for part in parts:
+            nn.utils.clip_grads_with_norm_(part, limit, norm)
     return norm
+
+
+def _by_mesh(model: nn.Module) -> dict[DeviceMesh | None, list[nn.Parameter]]:
+    """The parameters that have gradients, in groups that one operation may take together.
+
+    torch has no operation over tensors of different meshes, or over whole and sharded ones together
+    (github.com/pytorch/pytorch/issues/180346).
+    """
+    found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if (gradient := parameter.grad) is not None:
+            mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
+            found.setdefault(mesh, []).append(parameter)
+    return found
+
+
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -39,6 +39,7 @@ from recipes.lib.distributed import (
 )
 from recipes.lib.flops import flops_per_token, parameter_count
 from recipes.lib.heartbeat import Heartbeat
+from recipes.lib.layout import Layout
 from recipes.lib.metrics import Metrics
 from recipes.lib.model import IGNORE, Transformer, materialize
 from recipes.lib.model_sizes import SIZES, ModelSize
@@ -66,10 +67,11 @@ class Technique(Protocol):
         """Over exactly the parameters of `model`."""
 
     def accumulate_gradients(self, microbatches: Sequence[Microbatch], token_count: Tensor) -> Tensor:
-        """Forward and backward of every microbatch; gives this rank's summed loss (detached).
+        """Forward and backward of every microbatch; gives the summed loss (detached) of this rank's sequences.
 
-        Afterwards each parameter's (or shard's) `.grad` is the gradient of the global mean loss: the sum over
-        all microbatches of all ranks, divided by `token_count`, the number of tokens in the global batch.
+        Ranks that train on the same sequences together (see Layout) all give the same. Afterwards each
+        parameter's (or shard's) `.grad` is the gradient of the global mean loss: the sum over all microbatches
+        of all ranks, divided by `token_count`, the number of tokens in the global batch.
         """
 
 
@@ -83,14 +85,16 @@ class Plan:
     dataset: Dataset
     size: ModelSize
     precision: Precision
+    layout: Layout
     run_directory: Path
     resume_from: Path | None
     """The checkpoint to go on from; None begins at step 1."""
 
 
-def make_plan(recipe: str, args: TrainArgs, world: World) -> Plan:
+def make_plan(recipe: str, args: TrainArgs, world: World, layout: Layout | None = None) -> Plan:
     """Find the run's directory, open the data (rank 0 prepares it at first use) and settle the model's size.
 
+    Without a `layout` each rank trains on sequences of its own.
     All ranks call this together. Raises ArgumentError for arguments that cannot work, on every rank.
     """
     check_init_from(args.init_from, args.model, args.vocab_size)
@@ -112,6 +116,7 @@ def make_plan(recipe: str, args: TrainArgs, world: World) -> Plan:
         dataset=dataset,
         size=size,
         precision=precision(args.dtype, world.device),
+        layout=layout or Layout.each_its_own(world),
         run_directory=directory,
         resume_from=newest,
     )
@@ -259,31 +264,32 @@ def optimizer_step(plan: Plan, technique: Technique, step: int, own: OwnTime) ->
 
     `own` measures what this rank does without waiting for the others.
     """
-    args = plan.args
+    args, layout = plan.args, plan.layout
     with own.input():
         batches = microbatches(plan, step)
-    token_count = sum_over_ranks(torch.stack([(targets != IGNORE).sum() for _, targets in batches]).sum())
+    counted = torch.stack([(targets != IGNORE).sum() for _, targets in batches]).sum()
+    token_count = sum_over_ranks(counted, layout.data_group)
     loss_sum = technique.accumulate_gradients(batches, token_count)
-    grad_norm = clip_gradients(technique.model, args.clip_norm)
+    grad_norm = clip_gradients(technique.model, args.clip_norm, layout.stage_group)
     set_learning_rate(technique.optimizer, learning_rate(step, args))
     with own.update():
         technique.optimizer.step()
     technique.optimizer.zero_grad()
-    return sum_over_ranks(loss_sum) / token_count, grad_norm
+    return sum_over_ranks(loss_sum, layout.data_group) / token_count, grad_norm
 
 
 def microbatches(plan: Plan, step: int) -> list[Microbatch]:
-    """This rank's part of the global batch, on its device, in microbatches of one shape.
+    """This rank's share of the global batch, on its device, in microbatches of one shape.
 
     Ranks whose share is smaller get rows of padding (targets IGNORE, which add nothing): each rank must run
     the same number of forward passes, or the others would wait in FSDP's collectives for ever; and one
     shape is one compiled graph.
     """
-    args, world = plan.args, plan.world
-    largest_share = math.ceil(args.batch_size / world.size)
+    args, world, layout = plan.args, plan.world, plan.layout
+    largest_share = math.ceil(args.batch_size / layout.data_size)
     rows = min(args.microbatch_size or largest_share, largest_share)
     count = math.ceil(largest_share / rows)
-    tokens_BS, targets_BS = plan.dataset.batch(step - 1, world.rank, world.size, args.batch_size)
+    tokens_BS, targets_BS = plan.dataset.batch(step - 1, layout.data_rank, layout.data_size, args.batch_size)
     missing = count * rows - len(tokens_BS)
     tokens_BS = nn.functional.pad(tokens_BS, (0, 0, 0, missing), value=0)
     targets_BS = nn.functional.pad(targets_BS, (0, 0, 0, missing), value=IGNORE)

@@ -37,6 +37,7 @@ from recipes.lib import checkpoint, manifest, saving
 from recipes.lib.checkpoint import Progress, Trained
 from recipes.lib.dataset import Dataset
 from recipes.lib.distributed import World, joined
+from recipes.lib.layout import Layout
 from recipes.lib.model import IGNORE
 from recipes.lib.model_sizes import ModelSize
 from recipes.lib.own_time import OwnTime
@@ -173,6 +174,7 @@ def plan_for(case: Case, folder: Path, world: World) -> Plan:
         dataset=kind(TokenShards(folder / "data"), sequence_length=SEQUENCE_LENGTH, seed=0),
         size=dataclasses.replace(SIZE, tied=case.tied),
         precision=precision(args.dtype, world.device),
+        layout=Layout.each_its_own(world),
         run_directory=folder / case.name,
         resume_from=None,
     )

@@ -20,6 +20,7 @@ from recipes.lib import checkpoint, manifest, metrics
 from recipes.lib.arguments import TrainArgs
 from recipes.lib.distributed import LaunchError, World, alone, world_from_environment
 from recipes.lib.flops import FlopsPerToken
+from recipes.lib.layout import Layout
 from recipes.lib.metrics import Metrics, NotFinite
 from recipes.lib.model import IGNORE
 from recipes.lib.optimizer import learning_rate
@@ -217,7 +218,9 @@ def test_ranks_have_equal_shapes_and_together_the_batch(
     rows, shapes = [], set()
     for rank in range(world_size):
         world = dataclasses.replace(ONE, rank=rank, size=world_size)
-        batches = microbatches(dataclasses.replace(plan, world=world), step=1)
+        batches = microbatches(
+            dataclasses.replace(plan, world=world, layout=Layout.each_its_own(world)), step=1
+        )
         shapes.add(tuple(tokens.shape for tokens, _ in batches))
         for tokens, targets in batches:
             rows += list(tokens[(targets != IGNORE).any(1)])
