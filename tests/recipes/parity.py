@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from recipes.ch3.ddp_args import DdpArgs
 from recipes.ch4.fsdp import Sharded
 from recipes.ch4.fsdp_args import FsdpArgs
 from recipes.lib import checkpoint, manifest, saving
+from recipes.lib.arguments import TrainArgs
 from recipes.lib.checkpoint import Progress, Trained
 from recipes.lib.dataset import Dataset
 from recipes.lib.distributed import World, joined
@@ -72,6 +73,22 @@ class Case:
     """Save after step SAVED_AT (or SAVED_AGAIN_AT), under the case's name, and go on."""
     load: str = ""
     """Name of the case whose checkpoint this one begins with."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A technique as its chapter defines it."""
+
+    arguments: type[TrainArgs]
+    build: Callable[[Plan, Any], Technique]
+    layout: Callable[[World, Any], Layout] = lambda world, args: Layout.each_its_own(world)
+
+
+TECHNIQUES = {
+    "baseline": Kind(BaselineArgs, lambda plan, args: Baseline.build(plan)),
+    "ddp": Kind(DdpArgs, Replicated.build),
+    "fsdp": Kind(FsdpArgs, Sharded.build),
+}
 
 
 @dataclass(frozen=True)
@@ -156,7 +173,7 @@ def run_cases(folder: Path, cases: Sequence[Case], world: World) -> dict[str, Ou
 
 def plan_for(case: Case, folder: Path, world: World) -> Plan:
     """The plan of a case, over the data in `folder`/data."""
-    kinds = {"baseline": BaselineArgs, "ddp": DdpArgs, "fsdp": FsdpArgs}
+    kind = TECHNIQUES[case.technique]
     defaults = {
         "sequence_length": SEQUENCE_LENGTH,
         "steps": STEPS,
@@ -164,17 +181,17 @@ def plan_for(case: Case, folder: Path, world: World) -> Plan:
         "lr": 1e-2,
         "dtype": "float64",
     }
-    args = kinds[case.technique](**{**defaults, **case.args})
-    kind = RaggedDataset if case.ragged else Dataset
+    args = kind.arguments(**{**defaults, **case.args})
+    data = RaggedDataset if case.ragged else Dataset
     return Plan(
         recipe=case.name,
         args=args,
         world=world,
         # Not args.seed: a case that loads begins with other weights, yet trains on the same sequences.
-        dataset=kind(TokenShards(folder / "data"), sequence_length=SEQUENCE_LENGTH, seed=0),
+        dataset=data(TokenShards(folder / "data"), sequence_length=SEQUENCE_LENGTH, seed=0),
         size=dataclasses.replace(SIZE, tied=case.tied),
         precision=precision(args.dtype, world.device),
-        layout=Layout.each_its_own(world),
+        layout=kind.layout(world, args),
         run_directory=folder / case.name,
         resume_from=None,
     )
@@ -182,11 +199,7 @@ def plan_for(case: Case, folder: Path, world: World) -> Plan:
 
 def build(case: Case, plan: Plan) -> Technique:
     """The chapter's own model, sharded and initialized as the chapter does it."""
-    if isinstance(plan.args, DdpArgs):
-        return Replicated.build(plan, plan.args)
-    if isinstance(plan.args, FsdpArgs):
-        return Sharded.build(plan, plan.args)
-    return Baseline.build(plan)
+    return TECHNIQUES[case.technique].build(plan, plan.args)
 
 
 def weights(model: nn.Module) -> str:
