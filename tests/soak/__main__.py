@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -45,21 +46,22 @@ def main(argv: Sequence[str]) -> int:
     print(f"soak: {count} faults, seed={seed}", flush=True)
     name = f"soak-{os.getpid()}"
     made = box.up(nodes=2, name=name, gpus=0)
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    environment = {
+        **os.environ,
+        **box.environment(made),
+        "LAUNCHER_BOX": name,
+        "LAUNCHER_RUNS": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
     try:
-        with tempfile.TemporaryDirectory(prefix="soak") as folder:
-            environment = {
-                **os.environ,
-                **box.environment(made),
-                "LAUNCHER_BOX": name,
-                "LAUNCHER_RUNS": folder,
-            }
-            environment |= {"OMP_NUM_THREADS": "1"}
-            soak(Launcher(environment, Path(folder)), Path(folder), count, random.Random(seed))
-    except Disagreement as found:
-        print(f"soak: {found} (seed={seed})", file=sys.stderr)
+        soak(Launcher(environment, folder), folder, count, random.Random(seed))
+    except (Disagreement, AssertionError) as found:  # the helpers of the box's tests assert
+        print(f"soak: {found}\nsoak: seed={seed}; what the runs left is in {folder}", file=sys.stderr)
         return 1
     finally:
         box.down(name)
+    shutil.rmtree(folder)
     return 0
 
 
