@@ -37,10 +37,11 @@ bench: setup ## measure what BENCHMARKS.md reports
 soak: setup ## one long run under 50 random faults; ARGS="faults=10 seed=1" for fewer, or the same again
 	$(VENV)/python -m tests.soak $(ARGS)
 
-lock: setup ## renew env/requirements/dev.txt from pyproject.toml (asks the package registry)
+lock: setup ## renew the locks in env/requirements and the files in env/containers (asks the package registry)
 	$(VENV)/uv pip compile --quiet --upgrade --python-version 3.11 --python-platform linux --extra dev \
 		--custom-compile-command "make lock" \
 		--output-file env/requirements/dev.txt pyproject.toml env/requirements/torch.in
+	$(VENV)/python env/lock_stacks.py
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -70,6 +70,16 @@ def cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
     return _of_user(platformdirs.user_cache_dir, "CACHE_DIR")
 
 
+def environments_root(*, repository: Path = REPOSITORY, environment: Mapping[str, str] = os.environ) -> Path:
+    """Absolute folder of the stacks' environments: LAUNCHER_ENVIRONMENTS, else beside .venv, else the user's."""
+    named = environment.get("LAUNCHER_ENVIRONMENTS", "")
+    if named:
+        return absolute(named, Path.cwd())
+    if os.access(repository, os.W_OK):
+        return repository / ".environments"
+    return _of_user(platformdirs.user_state_dir, "LAUNCHER_ENVIRONMENTS") / "environments"
+
+
 def absolute(path: str, start: Path) -> Path:
     """`path` with `~` expanded, relative to `start`; links stay as they are, `..` is taken out."""
     # Path.resolve() would follow links, Path.expanduser() raises where there is no home.

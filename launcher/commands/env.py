@@ -1,4 +1,7 @@
-"""`env`: what a fabric sets and what this machine's evidence adds to it, each variable with its reason."""
+"""`env`: what a fabric sets and what this machine's evidence adds to it, each variable with its reason.
+
+`env install NAME` makes the environment of a stack instead: `launcher.commands.env_install`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from checks.fabric_reading import Glance, read_facts
 from checks.fabric_report import as_json, node_name
 from checks.given import Given, given_by, replaced
 from launcher.clusters import AUTO, Fabric, load_fabric, load_profile
+from launcher.commands.env_install import install
 from launcher.overrides import last_of_each, parse_words
 from launcher.settings import read_setting
 from launcher.spec import UserError
@@ -31,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="KEY=VALUE",
-        help="cluster=NAME, fabric=NAME, env.NAME=VALUE; without: fabric=auto",
+        help="cluster=NAME, fabric=NAME, env.NAME=VALUE; without: fabric=auto. "
+        "Or: install NAME [into=FOLDER] makes the locked environment of a stack; install alone lists them",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="everything as JSON")
@@ -42,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.words[:1] == ["install"]:
+        if options.json or options.shell or options.root != Path("/"):
+            raise UserError(
+                "env install takes a name and into=FOLDER: --json, --shell and --root are of plain env"
+            )
+        return install(options.words[1:])
     fabric, given, taken_away = _asked(options.words)
     with Glance(str(options.root)) as source:
         facts = read_facts(source, node_name(os.environ), os.environ)

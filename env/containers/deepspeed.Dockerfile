@@ -1,0 +1,49 @@
+# The stack deepspeed: DeepSpeed: ZeRO 1 to 3, offload, pipelines.
+# Written by `make lock` from env/requirements/stacks.yaml and deepspeed.txt; edit those. Build it at the root:
+#
+#     docker build --file env/containers/deepspeed.Dockerfile --tag recipes-deepspeed .
+#
+# nvidia/cuda:13.0.2-devel-ubuntu24.04: the CUDA of the lock's torch 2.13.0. By tag, which may be built anew:
+# tag@sha256:... holds one build. devel, because DeepSpeed compiles its CUDA and C++ operators at first use.
+# Python 3.12: Ubuntu 24.04's own; the lock was resolved for it.
+# Every Python package: as locked in deepspeed.txt; its reasons are in deepspeed.in.
+# libibverbs1: InfiniBand and RoCE: NCCL opens it at run time, and without it takes sockets.
+# ibverbs-providers: the adapters' own parts of it.
+# librdmacm1: connections over RDMA.
+# g++: the C++ part of DeepSpeed's operators.
+# python3.12-dev: their headers.
+# libaio-dev: the operator that offloads to NVMe.
+# numactl: deepspeed --bind_cores_to_rank.
+# Ubuntu's own packages are not pinned: its archive drops old versions, and a pin would fail within weeks.
+# Not inside, because it must fit the host: the GPU driver (nvidia-container-toolkit or --nv bring it), and the
+# plug-ins of EFA and of TCPX, which are mounted: container.mounts of the cluster's profile.
+FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
+
+LABEL torch="2.13.0" \
+      cuda-toolkit="13.0.3.0" \
+      deepspeed="0.19.8" \
+      nccl="2.29.7" \
+      python="3.12"
+
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ENV DEBIAN_FRONTEND=noninteractive
+
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends \
+        python3.12 \
+        python3.12-venv \
+        libibverbs1 \
+        ibverbs-providers \
+        librdmacm1 \
+        g++ \
+        python3.12-dev \
+        libaio-dev \
+        numactl \
+    && rm -rf /var/lib/apt/lists/*
+
+COPY env/requirements/deepspeed.txt /tmp/deepspeed.txt
+RUN python3.12 -m venv /usr/local/stack \
+    && /usr/local/stack/bin/pip install --no-cache-dir --no-deps --requirement /tmp/deepspeed.txt
+
+ENV PATH=/usr/local/stack/bin:$PATH
