@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from recipes.lib.roofline import measure_roof
 from recipes.lib.step_parts import NamedParts
 from recipes.lib.step_trace import CATEGORIES, PREFIX, Memory, StepTimes, bottleneck, memory_of, times_of
 from recipes.lib.tables import size_text, table, time_text
-from recipes.lib.timing import most, together
+from recipes.lib.timing import Timing, most, together
 from recipes.lib.training import Plan, Technique, make_plan, optimizer_step, recipe_main
 
 ADVICE = {
@@ -70,7 +69,7 @@ def main() -> None:
             results.add(roof.text(), what_is="roof", **dataclasses.asdict(roof))
             results.show(roof.text())
             plain = timed_steps(plan, parts, args)
-            results.add(f"a step without the profiler: {time_text(plain)}", seconds=plain)
+            results.add(f"a step without the profiler: {time_text(plain.seconds)}", **plain.figures())
             trace = recorded(plan, parts, args)
             events = json.loads(trace.read_text())["traceEvents"]
             times = times_of(events, roof.ridge)
@@ -96,8 +95,8 @@ def build(plan: Plan, args: ProfileArgs) -> Technique:
     return Baseline.build(plan)
 
 
-def timed_steps(plan: Plan, parts: NamedParts, args: ProfileArgs) -> float:
-    """The median step without the profiler, by the slowest rank; after the warm-up."""
+def timed_steps(plan: Plan, parts: NamedParts, args: ProfileArgs) -> Timing:
+    """Steps without the profiler, after the warm-up, each by the slowest rank."""
     for step in range(1, args.warmup_steps + 1):
         optimizer_step(plan, parts, step, parts)
     seconds = []
@@ -108,7 +107,7 @@ def timed_steps(plan: Plan, parts: NamedParts, args: ProfileArgs) -> float:
         if plan.world.device.type == "cuda":
             torch.cuda.synchronize(plan.world.device)
         seconds.append(most(time.perf_counter() - began))
-    return statistics.median(seconds)
+    return Timing(tuple(seconds), calls=1)
 
 
 def recorded(plan: Plan, parts: NamedParts, args: ProfileArgs) -> Path:
@@ -134,14 +133,14 @@ def recorded(plan: Plan, parts: NamedParts, args: ProfileArgs) -> Path:
 
 
 def show(
-    ranks: list[StepTimes], plain: float, memory: Memory, technique: Technique, results: Measurements
+    ranks: list[StepTimes], plain: Timing, memory: Memory, technique: Technique, results: Measurements
 ) -> int:
     """The tables, and the verdict over all ranks; gives the rank that decides it."""
     by_category = [{name: each.category(name) for name in CATEGORIES} for each in ranks]
     limit, rank = bottleneck(by_category)
     shown = ranks[rank]
     results.show(
-        f"a step takes {time_text(plain)}, with the profiler {time_text(shown.seconds)} (rank {rank}, the mean of "
+        f"a step takes {time_text(plain.seconds)} (spread {plain.spread:.0%}), with the profiler {time_text(shown.seconds)} (rank {rank}, the mean of "
         f"{shown.steps})\n"
     )
     head = ["part", "time", "of the step", *CATEGORIES[:2]]

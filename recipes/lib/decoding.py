@@ -79,7 +79,7 @@ def _attend(
         kept_BKME[row_B1, :, positions_BS] = new_BKSE.transpose(1, 2)
     k_BKTE, v_BKTE = (kept_BKME[:, :, :longest] for kept_BKME in kept)
     y_BHSE = F.scaled_dot_product_attention(
-        q_BHSE, k_BKTE, v_BKTE, attn_mask=visible_B1ST, enable_gqa=attention.grouped
+        q_BHSE, k_BKTE, v_BKTE, attn_mask=visible_B1ST, enable_gqa=q_BHSE.shape[1] != k_BKTE.shape[1]
     )
     output_BSD: Tensor = attention.o_proj(y_BHSE.transpose(1, 2).flatten(2))
     return output_BSD
