@@ -140,8 +140,8 @@ def show(
     limit, rank = bottleneck(by_category)
     shown = ranks[rank]
     results.show(
-        f"a step takes {time_text(plain.seconds)} (spread {plain.spread:.0%}), with the profiler {time_text(shown.seconds)} (rank {rank}, the mean of "
-        f"{shown.steps})\n"
+        f"a step takes {time_text(plain.seconds)} (spread {plain.spread:.0%}), "
+        f"with the profiler {time_text(shown.seconds)} (rank {rank}, the mean of {shown.steps})\n"
     )
     head = ["part", "time", "of the step", *CATEGORIES[:2]]
     rows = []

@@ -11,7 +11,14 @@ from launcher.paths import REPOSITORY
 from tests.box_runs.support import Launcher, ended, wait_until
 
 QUICK = ("args.trials=2", "args.budget=0.005")
+FEW = ("args.steps=2", "args.warmup_steps=1", "args.batch_size=2", "args.sequence_length=16")
 CASES = {
+    "ch1_profile": (FEW, "srun", "bottleneck: "),
+    "ch1_first_steps": (
+        (*FEW, "args.requests=2", "args.prompt_tokens=8"),
+        "torchrun",
+        "limit of the stream: ",
+    ),
     "ch1_topology": ((), "srun", "2 nodes: "),
     "ch1_nccl": (("args.large=64K", *QUICK), "torchrun", "all_reduce"),
     "ch2_bandwidth": (("args.smallest=16K", "args.largest=64K", *QUICK), "srun", "to another node"),

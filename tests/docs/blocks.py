@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 NEEDS_MORE = {
-    "a network": r"\b(git (clone|pull|push)|make lock|apt-get|pip|uv|docker|podman|npm|curl|wget)\b|data=hf:|\benv install \w|\block_stacks\b",
+    "a network": r"\b(git (clone|pull|push)|make lock|apt-get|pip|uv|docker|podman|npm|curl|wget)\b|data=hf:"
+    r"|\benv install \w|\block_stacks\b",
     "another machine": r"\b(ssh|scp|rsync)\b",
     "a Slurm cluster": r"\b(sbatch|srun|salloc|squeue|scancel|sinfo)\b|\bcluster=(?!(box|local|debug)\b)",
     "a container runtime": r"\bcontainer\.kind=|\bapptainer\b",
