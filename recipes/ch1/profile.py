@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from recipes.ch1.baseline import Baseline
@@ -177,6 +178,8 @@ def kept_bytes(technique: Technique) -> dict[str, int]:
     """What stays from step to step on this rank: exact, from the tensors themselves."""
     moments = [value for state in technique.optimizer.state.values() for value in state.values()]
     tensors = {"parameters": list(technique.model.parameters()), "optimizer's moments": moments}
+    if isinstance(technique.model, DistributedDataParallel):  # elsewhere gradients come and go with the step
+        tensors["gradients, in DDP's buckets"] = tensors["parameters"]
     return {
         name: sum(local(each).nbytes for each in each_kind if torch.is_tensor(each))
         for name, each_kind in tensors.items()

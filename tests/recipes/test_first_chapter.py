@@ -79,7 +79,7 @@ def test_memory_is_told_by_part(profiled: Done) -> None:
     parameters = verdict["kept_bytes"]["parameters"]
     # Two moments as large as the parameters, and a step counter of 4 bytes for each of them.
     assert 2 * parameters <= verdict["kept_bytes"]["optimizer's moments"] < 2.01 * parameters
-    # Before the optimizer's step every parameter has its gradient, and with DDP that lies in buckets made before.
+    assert verdict["kept_bytes"]["gradients, in DDP's buckets"] == parameters
     assert verdict["peak_bytes"]["forward: head and loss"] > 4 * 64 * 2 * 4096 * 4, (
         "logits of two sequences, at least"
     )
