@@ -83,6 +83,7 @@ def test_an_installation_that_failed_is_one_line_and_is_not_taken_for_done(
 ) -> None:
     stack, folder = load_stack("small", repository), tmp_path / "small"
     right = stack.lock.read_text()
+    made(stack, folder)  # what was whole before is not whole any more
     stack.lock.write_text("small-thing==3.0\n")
     with pytest.raises(UserError, match=r"^small\.txt could not be installed: .*small-thing") as caught:
         made(stack, folder)
