@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from recipes.ch1.first_steps_args import FirstStepsArgs
@@ -112,6 +113,20 @@ def test_one_device_alone_with_recomputation(tmp_path: Path) -> None:
     assert verdict["ranks"][0]["input"] < verdict["seconds_profiled"] / 2
     assert verdict["bottleneck"] != "input"
     assert "rank 0, which the others wait for" not in done.out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_gpus_kernels_are_counted_and_the_memory_is_kept_as_a_snapshot(tmp_path: Path) -> None:
+    done = run(tmp_path, "recipes.ch1.profile", *SMALL)
+    assert done.status == 0, done.err[-4000:]
+    verdict = measured(done, "bottleneck")
+    assert sum(verdict["parts"].values()) == pytest.approx(verdict["seconds_profiled"])
+    assert verdict["parts"]["backward"] > 0
+    assert verdict["exchange_seconds"] > 0, "NCCL's kernels"
+    assert verdict["peak_bytes"]["backward"] > 0
+    for rank in (0, 1):
+        assert (tmp_path / f"memory-rank-{rank}.pickle").stat().st_size > 1000
 
 
 # --- ch1_first_steps --------------------------------------------------------------------------------------
