@@ -54,7 +54,7 @@ class ByHand:
     def run(self, microbatches: Sequence[Microbatch], token_count: Tensor) -> Tensor:
         """Forward and backward of all `microbatches`; gives their summed loss, 0 but in the last stage."""
         stage = self._stage
-        loss_sum = torch.zeros((), device=token_count.device)
+        loss_sum = torch.zeros((), dtype=self._hidden.dtype, device=token_count.device)
         kept: dict[int, tuple[Tensor, Tensor]] = {}  # between forward and backward: a schedule's memory
         outgoing: tuple[Tensor, int] | None = None
         self._clock.start()
@@ -165,9 +165,10 @@ class Pipeline:
 
     def accumulate_gradients(self, microbatches: Sequence[Microbatch], token_count: Tensor) -> Tensor:
         """One or several runs of the schedule; then gradients are summed over copies of the model."""
-        total = torch.zeros((), device=token_count.device)
-        for begin in range(0, len(microbatches), self.microbatches):
-            total = total + self.schedule.run(microbatches[begin : begin + self.microbatches], token_count)
+        runs = [
+            microbatches[n : n + self.microbatches] for n in range(0, len(microbatches), self.microbatches)
+        ]
+        total = torch.stack([self.schedule.run(run, token_count) for run in runs]).sum()
         if self.layout.data_size > 1:
             # Once for all runs, and not by DDP: the halves of a split backward pass do not call its hooks
             # (github.com/pytorch/pytorch/issues/144530).

@@ -12,11 +12,13 @@ from recipes.lib.pipeline_orders import BACKWARD, FORWARD, INPUT, WEIGHT, Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _LANE, _ROW_GAP = 1.0, 0.35
 """Heights: of the boxes of one stage, and between ranks."""
 _LIGHTER = {FORWARD: 0.0, BACKWARD: -0.35, INPUT: 0.35, WEIGHT: 0.7}
 """How much white is mixed into a microbatch's colour; below 0, black."""
+_IDLE = "#eeeeee"
 _MEANING = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward, input", WEIGHT: "backward, weights"}
 
 
@@ -29,7 +31,7 @@ class Panel:
     time_label: str
 
 
-def draw_pipeline(paths: Sequence[Path], title: str, note: str, panels: Sequence[Panel]) -> None:
+def draw_pipeline(paths: Sequence[Path], title: str, panels: Sequence[Panel]) -> None:
     """Draw the panels below one another into each of `paths` (its suffix is the format): same ranks, own times."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -37,15 +39,10 @@ def draw_pipeline(paths: Sequence[Path], title: str, note: str, panels: Sequence
     ranks = sorted({span.rank for span in panels[0].spans})
     stages = {rank: sorted({s.action.stage for s in panels[0].spans if s.rank == rank}) for rank in ranks}
     height = sum(_LANE * len(lanes) + _ROW_GAP for lanes in stages.values())
-    figure = Figure(
-        figsize=(12, 1.9 + len(panels) * (0.85 + 0.3 * height)),
-        dpi=150,
-        facecolor="white",
-        layout="constrained",
-    )
+    size = (12, 1.2 + len(panels) * (0.85 + 0.3 * height))
+    figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
-    figure.text(0.0108, 1 - 0.52 / figure.get_figheight(), note, fontsize=8.5, color=GREY, va="center")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         _draw_panel(axes, panel, ranks, stages, height)
     _draw_legend(figure, panels)
@@ -71,7 +68,7 @@ def _draw_panel(
             name = f"rank {rank}, stage {stage}" if len(stages[rank]) == 1 or lane == 0 else f"stage {stage}"
             ticks.append((y + (lane + 0.5) * _LANE, name))
         band = _LANE * len(stages[rank])
-        axes.axhspan(y, y + band, color="#f4f4f4", linewidth=0, zorder=0)
+        axes.axhspan(y, y + band, color=_IDLE, linewidth=0, zorder=0)
         for lane in range(1, len(stages[rank])):
             axes.axhline(y + lane * _LANE, color=LIGHT, linewidth=0.8, zorder=1)
         y += band + _ROW_GAP
@@ -110,13 +107,13 @@ def _colour(microbatch: int, kind: str) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _draw_legend(figure: object, panels: Sequence[Panel]) -> None:
+def _draw_legend(figure: Figure, panels: Sequence[Panel]) -> None:
     from matplotlib.patches import Patch
 
     kinds = [k for k in _MEANING if any(span.action.kind == k for panel in panels for span in panel.spans)]
     handles = [Patch(facecolor=_colour(0, kind), label=_MEANING[kind]) for kind in kinds]
-    handles.append(Patch(facecolor="#f4f4f4", edgecolor=LIGHT, label="idle: the bubble"))
-    figure.legend(  # type: ignore[attr-defined]
+    handles.append(Patch(facecolor=_IDLE, edgecolor=LIGHT, label="idle: the bubble"))
+    figure.legend(
         handles=handles, loc="outside lower left", ncols=len(handles), frameon=False, fontsize=8.5,
         title="colour and number: the microbatch", title_fontsize=8.5, alignment="left",
     )  # fmt: skip

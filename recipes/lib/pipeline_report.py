@@ -45,7 +45,6 @@ def show_pipeline(clock: Clock, order: Order, schedule: str, directory: Path, wo
     microbatches = 1 + max(action.microbatch for action in order[0])
     style = SCHEDULES[schedule]
     found = bubbles(order, run, style.predicted.of(len(order), microbatches, per_rank))
-    prediction = f"{style.predicted.formula} is {found.formula:.1%} ({style.predicted.source})"
     shape = (
         f"{len(order)} ranks, {per_rank} stage{'s' if per_rank > 1 else ''} each, {microbatches} microbatches"
     )
@@ -56,15 +55,17 @@ def show_pipeline(clock: Clock, order: Order, schedule: str, directory: Path, wo
     say(
         f"bubble measured      {found.measured:6.1%}  in the median of the last {len(runs)} runs of the schedule"
     )
+    prediction = f"{style.predicted.formula} is {found.formula:.1%} ({style.predicted.source})"
     ideal = Panel(
         f"ideal: bubble {found.ideal:.1%}; {prediction}",
         renumbered(best_case(order), run),
         "forward passes of one stage",
     )
     in_ms = [dataclasses.replace(span, begin=span.begin * 1e3, end=span.end * 1e3) for span in run]
-    measured = Panel(f"measured: bubble {found.measured:.1%}", in_ms, "ms")
+    parts = f"{found.own_durations:.1%} with these times and messages that take none"
+    measured = Panel(f"measured: bubble {found.measured:.1%}; {parts}", in_ms, "ms")
     paths = [directory / name for name in PICTURES]
-    draw_pipeline(paths, f"{schedule}: {shape}", _note(found), [ideal, measured])
+    draw_pipeline(paths, f"{schedule}: {shape}", [ideal, measured])
     report = {
         "schedule": schedule,
         "microbatches": microbatches,
@@ -99,10 +100,3 @@ def renumbered(spans: Sequence[Span], run: Sequence[Span]) -> list[Span]:
     """`spans` with the ranks of `run`: the ranks of one pipeline are not 0, 1, 2, ... where there are several."""
     ranks = sorted({span.rank for span in run})
     return [dataclasses.replace(span, rank=ranks[span.rank]) for span in spans]
-
-
-def _note(found: Bubbles) -> str:
-    return (
-        f"{found.own_durations:.1%} if the actions took what they took and messages nothing: "
-        "up to there it is the order and unequal stages, from there on messages and waiting"
-    )

@@ -35,6 +35,7 @@ class TorchSchedule:
         self._stages = {stage.number: stage for stage in stages}
         self._last = self._stages.get(count - 1)
         self._clock = clock
+        self._hidden = hidden
         self._loss_sum = self._token_count = torch.zeros((), device=clock.device)
         timed = [_Timed(stage, count, hidden, group, clock) for stage in stages]
         kind = schedule_class(name)
@@ -51,7 +52,7 @@ class TorchSchedule:
     def run(self, microbatches: Sequence[tuple[Tensor, Tensor]], token_count: Tensor) -> Tensor:
         """Forward and backward of all `microbatches`; gives their summed loss, 0 without the last stage."""
         self._token_count = token_count
-        self._loss_sum = torch.zeros((), device=token_count.device)
+        self._loss_sum = torch.zeros((), dtype=self._hidden.dtype, device=token_count.device)
         tokens, targets = (torch.cat(parts) for parts in zip(*microbatches, strict=True))
         given = (tokens,) if 0 in self._stages else ()
         self._clock.start()
