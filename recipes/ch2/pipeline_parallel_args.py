@@ -62,10 +62,9 @@ class PipelineParallelArgs(TrainArgs):
 
     def check_layers(self, ranks: int, layers: int) -> None:
         """Refuse more stages than layers. Raises ArgumentError."""
-        if (wanted := ranks * self.stages_on_each_rank) > layers:
-            problem = (
-                f"{ranks} ranks with {self.stages_on_each_rank} stages each want {wanted} layers or more"
-            )
+        each = self.stages_on_each_rank
+        if ranks * each > layers:
+            problem = f"{ranks * each} stages ({ranks} ranks x {each}) want {ranks * each} layers or more"
             raise ArgumentError(
                 "pipeline_parallel", self.pipeline_parallel, f"{problem}; model={self.model} has {layers}"
             )

@@ -75,10 +75,10 @@ def test_an_order_in_which_all_wait_is_refused() -> None:
 
 
 def test_slow_stages_show_apart_from_slow_messages() -> None:
-    """Four numbers of one run: the last stage takes twice as long, and each message as long as a forward pass."""
+    """Four numbers of one run, in which the last stage takes twice as long and everything begins late."""
     order = one_forward_one_backward(2, 4)
     slow = best_case(order, lambda a: (1 + a.stage) * (1.0 if a.kind == FORWARD else 2.0))
-    late = [dataclasses.replace(s, begin=s.begin + s.rank, end=s.end + s.rank) for s in slow]
+    late = [dataclasses.replace(s, begin=1.5 * s.begin, end=0.5 * s.begin + s.end) for s in slow]
     found = bubbles(order, late, 0.2)
     assert found.ideal == pytest.approx(0.2) == found.formula
     assert found.own_durations == pytest.approx(bubble(slow))
@@ -165,11 +165,11 @@ STAGES = "LoopedBFS, Interleaved1F1B, InterleavedZeroBubble"
     [
         (
             "pipeline_parallel=8",
-            "pipeline_parallel=8: 8 ranks with 1 stages each want 8 layers or more; model=tiny has 4",
+            "pipeline_parallel=8: 8 stages (8 ranks x 1) want 8 layers or more; model=tiny has 4",
         ),
         (
             "schedule=ZBVZeroBubble pipeline_parallel=4",
-            "pipeline_parallel=4: 4 ranks with 2 stages each want 8 layers or more; model=tiny has 4",
+            "pipeline_parallel=4: 8 stages (4 ranks x 2) want 8 layers or more; model=tiny has 4",
         ),
         (
             "schedule=Interleaved1f1b",
@@ -233,7 +233,7 @@ def test_microbatches_that_the_schedule_refuses(alone: World, tmp_path: Path) ->
         ArgumentError, match="microbatches=3: wants a divisor of 8, the microbatches of a step"
     ):
         pipeline(tmp_path, alone, microbatches=3)
-    with pytest.raises(ArgumentError, match="1 ranks with 3 stages each want 3 layers or more"):
+    with pytest.raises(ArgumentError, match=r"3 stages \(1 ranks x 3\) want 3 layers or more"):
         pipeline(tmp_path, alone, schedule="LoopedBFS", stages_per_rank=3)
 
 
