@@ -155,13 +155,13 @@ def _dual_pipe(p: int, m: int, v: int) -> float:
 
 _GPIPE = Prediction("(p-1)/(m+p-1)", "GPipe, arXiv 1811.06965", _fill_and_drain)
 _1F1B = Prediction("(p-1)/(m+p-1)", "Megatron-LM, arXiv 2104.04473", _fill_and_drain)
-_INTERLEAVED = Prediction("(p-1)/(v*m+p-1)", "Megatron-LM, arXiv 2104.04473", _fill_and_drain)
-_BREADTH_FIRST = Prediction("(p-1)/(v*m+p-1)", "breadth-first, arXiv 2211.05953", _fill_and_drain)
-_ZB1P = Prediction("(p-1)/(3*v*m+p-1)", "ZB-H1 in arXiv 2401.10241", _zero_bubble)
+_INTERLEAVED = Prediction("(p-1)/(vm+p-1)", "Megatron-LM, arXiv 2104.04473", _fill_and_drain)
+_BREADTH_FIRST = Prediction("(p-1)/(vm+p-1)", "breadth-first, arXiv 2211.05953", _fill_and_drain)
+_ZB1P = Prediction("(p-1)/(3vm+p-1)", "ZB-H1 in arXiv 2401.10241", _zero_bubble)
 # The paper calls it zero because it counts each rank from its own beginning. What is left is that rank r cannot begin
 # before r forward passes of others.
-_ZBV = Prediction("(p-1)/(3*v*m+p-1), from m = 2p", "ZB-V in arXiv 2401.10241", _zero_bubble)
-_DUAL_PIPE_V = Prediction("2(p-1)/(3*v*m+2(p-1)) at most", "github.com/deepseek-ai/DualPipe", _dual_pipe)
+_ZBV = Prediction("(p-1)/(3vm+p-1) for m >= 2p", "ZB-V in arXiv 2401.10241", _zero_bubble)
+_DUAL_PIPE_V = Prediction("at most 2(p-1)/(3vm+2(p-1))", "github.com/deepseek-ai/DualPipe", _dual_pipe)
 
 
 @dataclass(frozen=True)

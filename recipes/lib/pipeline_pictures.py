@@ -18,7 +18,7 @@ _LANE, _ROW_GAP = 1.0, 0.35
 """Heights: of the boxes of one stage, and between ranks."""
 _LIGHTER = {FORWARD: 0.0, BACKWARD: -0.35, INPUT: 0.35, WEIGHT: 0.7}
 """How much white is mixed into a microbatch's colour; below 0, black."""
-_IDLE = "#eeeeee"
+_BAND, _IDLE = "#f7f7f7", "#d4d4d4"
 _MEANING = {FORWARD: "forward", BACKWARD: "backward", INPUT: "backward, input", WEIGHT: "backward, weights"}
 
 
@@ -53,6 +53,8 @@ def draw_pipeline(paths: Sequence[Path], title: str, panels: Sequence[Panel]) ->
 def _draw_panel(
     axes: Axes, panel: Panel, ranks: Sequence[int], stages: dict[int, list[int]], height: float
 ) -> None:
+    from matplotlib.patches import Rectangle
+
     begin = min(span.begin for span in panel.spans)
     length = max(span.end for span in panel.spans) - begin
     axes.set(xlim=(0, length * 1.002), ylim=(height, -_ROW_GAP / 2))
@@ -68,14 +70,27 @@ def _draw_panel(
             name = f"rank {rank}, stage {stage}" if len(stages[rank]) == 1 or lane == 0 else f"stage {stage}"
             ticks.append((y + (lane + 0.5) * _LANE, name))
         band = _LANE * len(stages[rank])
-        axes.axhspan(y, y + band, color=_IDLE, linewidth=0, zorder=0)
+        axes.axhspan(y, y + band, color=_BAND, linewidth=0, zorder=0)
+        for idle_from, idle_to in _idle([span for span in panel.spans if span.rank == rank], begin, length):
+            box = Rectangle((idle_from, y), idle_to - idle_from, band, facecolor=_IDLE, linewidth=0, zorder=1)
+            axes.add_patch(box)
         for lane in range(1, len(stages[rank])):
-            axes.axhline(y + lane * _LANE, color=LIGHT, linewidth=0.8, zorder=1)
+            axes.axhline(y + lane * _LANE, color=LIGHT, linewidth=0.8, zorder=2)
         y += band + _ROW_GAP
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     for span in panel.spans:
         _draw_box(axes, span, begin, top[span.rank, span.action.stage], length)
+
+
+def _idle(spans: Sequence[Span], begin: float, length: float) -> list[tuple[float, float]]:
+    """When a rank computes in none of its stages, from `begin` on."""
+    found, free = [], 0.0
+    for span in sorted(spans, key=lambda span: span.begin):
+        if span.begin - begin > free:
+            found.append((free, span.begin - begin))
+        free = span.end - begin
+    return [*found, (free, length)]
 
 
 def _draw_box(axes: Axes, span: Span, begin: float, y: float, length: float) -> None:
@@ -85,7 +100,7 @@ def _draw_box(axes: Axes, span: Span, begin: float, y: float, length: float) -> 
     kind, number = span.action.kind, span.action.microbatch
     axes.add_patch(
         Rectangle(
-            (span.begin - begin, y + 0.05), width, _LANE - 0.1, facecolor=_colour(number, kind), zorder=2,
+            (span.begin - begin, y + 0.05), width, _LANE - 0.1, facecolor=_colour(number, kind), zorder=3,
             edgecolor="white", linewidth=0.5,
         )
     )  # fmt: skip
@@ -93,7 +108,7 @@ def _draw_box(axes: Axes, span: Span, begin: float, y: float, length: float) -> 
         dark = kind in (FORWARD, BACKWARD)
         axes.text(
             span.begin - begin + width / 2, y + _LANE / 2, str(number), fontsize=7, ha="center", va="center",
-            color="white" if dark else INK, zorder=3, clip_on=True,
+            color="white" if dark else INK, zorder=4, clip_on=True,
         )  # fmt: skip
 
 
@@ -112,7 +127,7 @@ def _draw_legend(figure: Figure, panels: Sequence[Panel]) -> None:
 
     kinds = [k for k in _MEANING if any(span.action.kind == k for panel in panels for span in panel.spans)]
     handles = [Patch(facecolor=_colour(0, kind), label=_MEANING[kind]) for kind in kinds]
-    handles.append(Patch(facecolor=_IDLE, edgecolor=LIGHT, label="idle: the bubble"))
+    handles.append(Patch(facecolor=_IDLE, edgecolor=LIGHT, label="the rank waits: the bubble"))
     figure.legend(
         handles=handles, loc="outside lower left", ncols=len(handles), frameon=False, fontsize=8.5,
         title="colour and number: the microbatch", title_fontsize=8.5, alignment="left",

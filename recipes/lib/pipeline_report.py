@@ -55,7 +55,7 @@ def show_pipeline(clock: Clock, order: Order, schedule: str, directory: Path, wo
     say(
         f"bubble measured      {found.measured:6.1%}  in the median of the last {len(runs)} runs of the schedule"
     )
-    prediction = f"{style.predicted.formula} is {found.formula:.1%} ({style.predicted.source})"
+    prediction = f"by formula {found.formula:.1%}, {style.predicted.formula} ({style.predicted.source})"
     ideal = Panel(
         f"ideal: bubble {found.ideal:.1%}; {prediction}",
         renumbered(best_case(order), run),
