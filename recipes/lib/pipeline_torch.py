@@ -133,3 +133,8 @@ class _Timed(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         with self._clock.measure(Action(WEIGHT, self.stage_index, bwd_chunk_id)):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # torch 2.11 connects neighbouring stages in the first step, also two on one rank, in the corner of a V.
+        # gloo cannot send to itself (github.com/pytorch/gloo/issues/344), and they exchange nothing later.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
