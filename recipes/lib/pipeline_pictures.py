@@ -39,7 +39,8 @@ def draw_pipeline(paths: Sequence[Path], title: str, panels: Sequence[Panel]) ->
     ranks = sorted({span.rank for span in panels[0].spans})
     stages = {rank: sorted({s.action.stage for s in panels[0].spans if s.rank == rank}) for rank in ranks}
     height = sum(_LANE * len(lanes) + _ROW_GAP for lanes in stages.values())
-    size = (12, 1.2 + len(panels) * (0.85 + 0.3 * height))
+    most = max(sum(span.rank == rank for span in panels[0].spans) for rank in ranks)
+    size = (min(24, max(12, 0.15 * most)), 1.2 + len(panels) * (0.85 + 0.3 * height))
     figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
