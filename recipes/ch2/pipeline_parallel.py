@@ -89,8 +89,8 @@ class ByHand:
         """Send what the last action made to a stage, and receive what the next one needs.
 
         Both in one batch: in 1F1B a rank has an output for the next one just when that one has a gradient for it.
-        If each sent first and received then, NCCL would let both wait for ever, for it sends nothing before
-        the other side receives. (gloo buffers small messages, which hides the mistake until they grow.)
+        If each sent first and received then, both would wait for ever: a send may not end before the other side
+        receives. Each direction between two ranks has its messages in the order of the microbatches, on both sides.
         """
         batch, incoming = [], None
         if outgoing is not None:
@@ -195,7 +195,7 @@ class Pipeline:
 
 
 def make_layout(world: World, args: PipelineParallelArgs) -> Layout:
-    """Pipelines of `pipeline_parallel` ranks; the ranks that hold the same stages are `data_size` apart.
+    """Pipelines of `pipeline_parallel` ranks; their copies are neighbours, and their stages as far apart as possible.
 
     Raises ArgumentError for a number that does not divide the ranks.
     """

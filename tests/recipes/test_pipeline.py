@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -260,21 +261,26 @@ def test_what_is_measured_is_what_was_planned(schedule: str, alone: World, tmp_p
     assert all(span.end > span.begin > 0 for span in run)
 
 
-def test_from_the_command_line(tmp_path: Path) -> None:
-    """Two ranks, a schedule that splits the backward pass, and what is left behind."""
+def on_two_ranks(folder: Path, schedule: str, device: str) -> tuple[dict[str, Any], str]:
+    """A short run by torchrun: pipeline.json and what was printed."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     arguments = {
-        "schedule": "ZBVZeroBubble", "steps": 3, "sequence_length": 32, "batch_size": 4, "save_every": -1,
-        "device": "cpu",
+        "schedule": schedule, "steps": 3, "sequence_length": 32, "batch_size": 4, "save_every": -1,
+        "device": device,
     }  # fmt: skip
     words = [f"{key}={value}" for key, value in arguments.items()]
     done = subprocess.run(
         [*launch, "-m", "recipes.ch2.pipeline_parallel", *words],
-        cwd=ROOT, env={**os.environ, "RUN_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, env={**os.environ, "RUN_DIR": str(folder), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "pipeline.json").read_text())
+    return json.loads((folder / "pipeline.json").read_text()), done.stdout
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    """Two ranks, a schedule that splits the backward pass, and what is left behind."""
+    report, printed = on_two_ranks(tmp_path, "ZBVZeroBubble", "cpu")
     assert (report["ranks"], report["stages_per_rank"], report["microbatches"]) == (2, 2, 4)
     assert {action[1] for _, action, _, _ in report["spans"]} == {"F", "I", "W"}
     assert {(rank, action[0]) for rank, action, _, _ in report["spans"]} == {
@@ -286,6 +292,15 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     found = report["bubble"]
     assert found["formula"] == pytest.approx(1 / 25) == found["ideal"]
     assert 0 < found["measured"] < 1
-    assert f"bubble measured      {found['measured']:6.1%}" in done.stdout
+    assert f"bubble measured      {found['measured']:6.1%}" in printed
     assert Image.open(tmp_path / "pipeline.png").size[0] == 1800
     assert (tmp_path / "pipeline.svg").stat().st_size > 10_000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="sends between two GPUs")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_on_gpus(schedule: str, tmp_path: Path) -> None:
+    """NCCL's sends wait for the other side, unlike gloo's: an order that could block would not end."""
+    report, _ = on_two_ranks(tmp_path, schedule, "cuda")
+    assert 0 < report["bubble"]["measured"] < 1
