@@ -80,9 +80,9 @@ class TorchSchedule:
 
 def schedule_class(name: str) -> Any:
     """torch's class. Raises ArgumentError where this torch has none of that name."""
-    known = {each.lower(): each for each in SCHEDULES if hasattr(schedules, f"Schedule{each}")}
-    if name not in known.values():
-        nearest = known[nearest_name(name, list(known)) or list(known)[-1]]
+    known = [each for each in SCHEDULES if hasattr(schedules, f"Schedule{each}")]
+    if name not in known:
+        nearest = nearest_name(name, known) or known[-1]
         problem = f"torch {torch.__version__} has no such schedule; nearest: {nearest}"
         raise ArgumentError("schedule", name, problem)
     return getattr(schedules, f"Schedule{name}")

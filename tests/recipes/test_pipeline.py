@@ -177,6 +177,10 @@ STAGES = "LoopedBFS, Interleaved1F1B, InterleavedZeroBubble"
             f"schedule=Interleaved1f1b: wants one of {', '.join(SCHEDULES)}; nearest: Interleaved1F1B",
         ),
         (
+            "schedule=gpipe",
+            f"schedule=gpipe: wants one of {', '.join(SCHEDULES)}; nearest: GPipe",
+        ),
+        (
             "schedule=GPipe stages_per_rank=2",
             f"stages_per_rank=2: schedule=GPipe wants 1 on each rank; any number: {STAGES}",
         ),
