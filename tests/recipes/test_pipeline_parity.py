@@ -1,7 +1,7 @@
 """Every schedule of `ch2_pipeline_parallel` trains exactly as one process does, and its checkpoints load elsewhere.
 
 In float64 the only difference allowed is the order of summation, 1e-12 relative; in float32 that order costs up to 1e-6
-of the loss and 5e-5 of the norm. Vocabulary and layers are primes (263; 5 or 11), which no number of ranks or stages
+of the loss and 5e-5 of the norm. Vocabulary and layers are primes (263; 7 or 11), which no number of ranks or stages
 divides, so stages are unequal.
 """
 
@@ -26,8 +26,12 @@ EVEN = {"args": {"batch_size": 8, "microbatch_size": 2}}
 UNEVEN = {"args": {"batch_size": 12, "microbatch_size": 3}, "ragged": True, "tied": True}
 
 
-def case(name: str, world_size: int, layout: dict, layers: int = 5, **more: object) -> Case:
-    """A case of the pipeline; `more` are arguments of the recipe."""
+def case(name: str, world_size: int, layout: dict, layers: int = 7, **more: object) -> Case:
+    """A case of the pipeline; `more` are arguments of the recipe.
+
+    (With 5 layers the uneven layout comes to where AdamW divides by almost nothing: there the order of summation alone,
+    in one process, costs 1.3e-12 of the norm.)
+    """
     args = {"pipeline_parallel": 0, "picture": False, **layout["args"], **more}
     return Case(f"{name}-x{world_size}", "pipeline", world_size, **{**layout, "args": args}, layers=layers)
 
@@ -35,7 +39,7 @@ def case(name: str, world_size: int, layout: dict, layers: int = 5, **more: obje
 def schedule_cases(world_size: int) -> list[Case]:
     """Every schedule in float64, with all ranks in one pipeline."""
     # Two stages on each of four ranks are eight: three of two layers, five of one. DualPipeV wants a microbatch each.
-    layers, even, uneven = (5, 2, 3) if world_size == 2 else (11, 1, 2)
+    layers, even, uneven = (7, 2, 3) if world_size == 2 else (11, 1, 2)
     cases = []
     for schedule in SCHEDULES:
         facts = {"schedule": schedule, "layers": layers}
