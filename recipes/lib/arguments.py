@@ -272,9 +272,11 @@ class TrainArgs:
 def nearest_name(name: str, known: Sequence[str]) -> str | None:
     """The known name that `name` was probably meant to be; None where nothing is near."""
     bare = name.lstrip("-").removeprefix("args.").replace("-", "_").lower()
-    if bare in known:
-        return bare
-    return next(iter(difflib.get_close_matches(bare, known, n=1, cutoff=0.6)), None)
+    by_lower_case = {each.lower(): each for each in known}
+    nearest = (
+        [bare] if bare in by_lower_case else difflib.get_close_matches(bare, by_lower_case, n=1, cutoff=0.6)
+    )
+    return by_lower_case[nearest[0]] if nearest else None
 
 
 def _checked(known: Argument, value: object) -> Any:

@@ -194,7 +194,7 @@ def rotate(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def materialize(model: nn.Module, seed: int, device: torch.device, storage: str | None = None) -> None:
+def materialize(model: Transformer, seed: int, device: torch.device, storage: str | None = None) -> None:
     """Give a model that was built on the meta device its memory and its initial values.
 
     Each parameter is drawn whole, on `device`, from a generator seeded with (seed, its name), and a rank
@@ -207,7 +207,7 @@ def materialize(model: nn.Module, seed: int, device: torch.device, storage: str 
     for name, parameter in model.named_parameters():
         # Drawn in float32 for every dtype, so that float64 runs start from the same point as float32 ones.
         whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-        std = _initial_std(name, model)
+        std = _initial_std(name, model.size.layers)
         if std is None:
             whole.fill_(1.0)
         else:
@@ -220,13 +220,15 @@ def materialize(model: nn.Module, seed: int, device: torch.device, storage: str 
             parameter.copy_(whole)
 
 
-def _initial_std(name: str, model: nn.Module) -> float | None:
-    """Standard deviation of a parameter's initial values; None is a norm's gain, which starts at one."""
+def _initial_std(name: str, layers: int) -> float | None:
+    """Standard deviation of a parameter's initial values; None is a norm's gain, which starts at one.
+
+    `layers` are those of the whole model, of which this rank may hold a part.
+    """
     if "norm" in name:
         return None
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         # Two of these are added to the residual stream per layer: keep its variance independent of depth.
-        layers = sum(isinstance(module, Block) for module in model.modules())
         return 0.02 / math.sqrt(2 * layers)
     return 0.02
 

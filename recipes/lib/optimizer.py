@@ -54,10 +54,11 @@ def clip_gradients(
     rank.
 
     The norm is global: over all parameters, for sharded ones over all shards, and where the layers are spread over the
-    ranks of `stage_group`, over all of their layers.
+    ranks of `stage_group`, over all of their layers. What is marked as a copy is scaled, but not counted.
     """
     parts = list(_by_mesh(model).values())
-    norms = [_whole(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
+    counted = [[p.grad for p in part if p.grad is not None and not hasattr(p, _COPY)] for part in parts]
+    norms = [_whole(nn.utils.get_total_norm(gradients)) for gradients in counted if gradients]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if stage_group is not None:
         norm = sum_over_ranks(norm.square(), stage_group).sqrt()
@@ -65,6 +66,14 @@ def clip_gradients(
         for part in parts:
             nn.utils.clip_grads_with_norm_(part, limit, norm)
     return norm
+
+
+_COPY = "is_copy_of_another_stage"
+
+
+def mark_copy(parameter: nn.Parameter) -> None:
+    """Say that another rank of the stage group has `parameter`, too, and counts it in the norm of the gradient."""
+    setattr(parameter, _COPY, True)
 
 
 def _by_mesh(model: nn.Module) -> dict[DeviceMesh | None, list[nn.Parameter]]:

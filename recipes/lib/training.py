@@ -286,9 +286,7 @@ def microbatches(plan: Plan, step: int) -> list[Microbatch]:
     shape is one compiled graph.
     """
     args, world, layout = plan.args, plan.world, plan.layout
-    largest_share = math.ceil(args.batch_size / layout.data_size)
-    rows = min(args.microbatch_size or largest_share, largest_share)
-    count = math.ceil(largest_share / rows)
+    rows, count = microbatch_rows(args, layout)
     tokens_BS, targets_BS = plan.dataset.batch(step - 1, layout.data_rank, layout.data_size, args.batch_size)
     missing = count * rows - len(tokens_BS)
     tokens_BS = nn.functional.pad(tokens_BS, (0, 0, 0, missing), value=0)
@@ -297,6 +295,13 @@ def microbatches(plan: Plan, step: int) -> list[Microbatch]:
         (_to_device(tokens, world.device), _to_device(targets, world.device))
         for tokens, targets in zip(torch.split(tokens_BS, rows), torch.split(targets_BS, rows), strict=True)
     ]
+
+
+def microbatch_rows(args: TrainArgs, layout: Layout) -> tuple[int, int]:
+    """Sequences of each microbatch, and how many microbatches a step has; the same on every rank."""
+    largest_share = math.ceil(args.batch_size / layout.data_size)
+    rows = min(args.microbatch_size or largest_share, largest_share)
+    return rows, math.ceil(largest_share / rows)
 
 
 def recipe_main(body: Callable[[], None]) -> Callable[[], None]:

@@ -29,6 +29,8 @@ from torch.distributed.tensor import DTensor
 
 from recipes.ch1.baseline import Baseline
 from recipes.ch1.baseline_args import BaselineArgs
+from recipes.ch2.pipeline_parallel import Pipeline, make_layout
+from recipes.ch2.pipeline_parallel_args import PipelineParallelArgs
 from recipes.ch3.ddp import Replicated
 from recipes.ch3.ddp_args import DdpArgs
 from recipes.ch4.fsdp import Sharded
@@ -67,6 +69,7 @@ class Case:
     world_size: int
     args: dict[str, Any] = field(default_factory=dict)
     tied: bool = False
+    layers: int = SIZE.layers
     ragged: bool = False
     """Whether a part of the targets is not trained on, more in some sequences than in others."""
     save: bool = False
@@ -88,6 +91,7 @@ TECHNIQUES = {
     "baseline": Kind(BaselineArgs, lambda plan, args: Baseline.build(plan)),
     "ddp": Kind(DdpArgs, Replicated.build),
     "fsdp": Kind(FsdpArgs, Sharded.build),
+    "pipeline": Kind(PipelineParallelArgs, Pipeline.build, make_layout),
 }
 
 
@@ -152,9 +156,9 @@ def launch(folder: Path, world_size: int, cases: Sequence[Case]) -> dict[str, Ou
         for rank in range(world_size)
     ]
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            assert time.monotonic() < deadline, "the ranks are not done after 240 s"
+            assert time.monotonic() < deadline, "the ranks are not done after 600 s"
             time.sleep(0.05)
     finally:
         for rank in ranks:
@@ -189,7 +193,7 @@ def plan_for(case: Case, folder: Path, world: World) -> Plan:
         world=world,
         # Not args.seed: a case that loads begins with other weights, yet trains on the same sequences.
         dataset=data(TokenShards(folder / "data"), sequence_length=SEQUENCE_LENGTH, seed=0),
-        size=dataclasses.replace(SIZE, tied=case.tied),
+        size=dataclasses.replace(SIZE, tied=case.tied, layers=case.layers),
         precision=precision(args.dtype, world.device),
         layout=kind.layout(world, args),
         run_directory=folder / case.name,
