@@ -242,17 +242,20 @@ def _line_of(worker: subprocess.Popen[bytes], ends: float) -> bytes | None:
     return parts
 
 
+def tool_path() -> str:
+    """PATH, and where the tools of administrators lie, at which an ordinary user's PATH does not look."""
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin"
+
+
 def run_command(argv: Sequence[str], seconds: float) -> Reading:
     """What the command prints, in the C locale; Unread where it is missing, fails, or outlasts its deadline."""
-    # Tools of administrators lie where an ordinary user's PATH does not look.
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin"
     try:
         child = subprocess.Popen(
             list(argv),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "LC_ALL": "C", "PATH": path},
+            env={**os.environ, "LC_ALL": "C", "PATH": tool_path()},
             start_new_session=True,
         )
     except FileNotFoundError:
