@@ -40,6 +40,8 @@ LEAST_ROUND_SECONDS = 8.0
 """Below that no round is started: srun and torch alone take a few seconds."""
 PAIR_LEAST = {"gpu": 0.8, "cpu": 0.4}
 """Share of the median pair, where no baseline says what a pair gives."""
+STARTED_LATE = "hung at: start"
+"""What an agent says of a rank that has not imported torch and found its device yet."""
 CONTEXT = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTER_NAME")
 """What srun may know of the job that it runs in. Everything else (SLURM_CPUS_PER_TASK, SRUN_CPUS_PER_TASK, SLURM_EXACT,
 sizes of an outer step) would change the step: it must have all CPUs and GPUs of its nodes."""
@@ -135,6 +137,8 @@ def measure(
         return run_round(groups, kind, min(seconds, left()), start, words=words, address=address)
 
     records = a_round([nodes], "whole", budget * WHOLE_SHARE)
+    if any(started_late(record) for record in records.values()) and left() > LEAST_ROUND_SECONDS:
+        records = a_round([nodes], "whole", left() * WHOLE_SHARE)
     job = Job(nodes=len(nodes), best_burn=best_burn(list(records.values())), baselines=tuple(baselines))
     results = judged(nodes, records, job, expected)
     job = replace(job, expects_pairs=len(nodes) > 1 and needs_pairs(results, records, job, expected))
@@ -153,6 +157,10 @@ def measure(
             break
         seconds = left() / (pairs.MOST_ROUNDS - len(history))
         answers = a_round([(pair.a, pair.b) for pair in wanted], "pair", seconds)
+        late = [pair for pair in wanted if any(started_late(answers.get(node)) for node in (pair.a, pair.b))]
+        if late and left() > LEAST_ROUND_SECONDS:
+            seconds = left() / (pairs.MOST_ROUNDS - len(history))
+            answers |= a_round([(pair.a, pair.b) for pair in late], "pair", seconds)
         figures = {pair: pair_figure(pair, answers) for pair in wanted}
         on_gpus = any(record.get("gpus") for record in answers.values())
         history.append(_outcomes(figures, history, floor=None, share=PAIR_LEAST["gpu" if on_gpus else "cpu"]))
@@ -210,6 +218,13 @@ def job_baseline(what: str, records: Mapping[str, Any], job: Job, expected: Expe
         job.baselines, what, gpu=one.device if one else "", fabric=job_fabric(job.nodes, expected),
         nodes=job.nodes, ranks=ranks, payload=1 << 60,
     )  # fmt: skip
+
+
+def started_late(record: Mapping[str, Any] | None) -> bool:
+    """Whether a rank of this node had not even started when its time was over. So is a node without a CPU to spare,
+    which says nothing of its network: it is asked once more, and then believed."""
+    ranks = (record or {}).get("ranks", [])
+    return any(rank.get("trouble") == STARTED_LATE for rank in ranks)
 
 
 def pair_figure(pair: Pair, answers: Mapping[str, Any]) -> float | str:
