@@ -318,15 +318,15 @@ def passes(results: Mapping[str, Sequence[CheckResult]]) -> str:
 def conclusion(results: Mapping[str, Sequence[CheckResult]], found: Found) -> str:
     """The whole verdict, and only the nodes that something names: in a job that hangs every node has a failure."""
     whole = worst(one.verdict for each in results.values() for one in each)
-    blames = [*found.job.rail_blames, *found.job.blames]
-    named = [node for blame in blames if blame.kind in ("node", "rail") for node in blame.nodes]
+    named = list(found.job.culprits)
     named += [
         node
         for node, each in results.items()
         if any(r.verdict is Verdict.FAIL and not r.check.startswith("net.") for r in each)
     ]
     took = f"{found.seconds:.1f} s, {found.job.paired} rounds of pairs"
-    lines = [f"{whole.value}: {len(results)} nodes ({folded(results)}) in {took}", *map(str, blames)]
+    lines = [f"{whole.value}: {len(results)} nodes ({folded(results)}) in {took}"]
+    lines += map(str, (*found.job.rail_blames, *found.job.blames))
     if named:
         lines.append(f"leave out: sbatch --exclude={folded(dict.fromkeys(named))}")
     return "\n".join(lines)

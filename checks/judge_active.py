@@ -130,6 +130,11 @@ def _collective(what: str, node: Measured, expected: Expectations) -> list[Check
                     f"{_size(largest)}: {value:.3g} GB/s bus bandwidth, at least {least:.3g}", "see net.pairs"
                 )
             )
+    culprits = node.job.culprits
+    if culprits and node.name not in culprits:
+        # Every node of a collective hangs with the one that does. That one is left out, not all of them.
+        because = f"because of {', '.join(culprits)}"
+        findings = [warn(f"{one.text}: {because}", "see net.pairs and net.rails") for one in findings]
     base = _baseline(node, expected, what, 1 << 60)
     against = f"{base.floor:.3g} GB/s ({base.source})" if base else f"no baseline for this job; {RECORD}"
     return result(name, findings, f"{shown} GB/s bus bandwidth", against)

@@ -46,6 +46,12 @@ class Job:
     """It has RDMA ports that ib_write_bw measures one by one."""
     rail_blames: tuple[Blame, ...] = ()
 
+    @property
+    def culprits(self) -> tuple[str, ...]:
+        """Nodes that are to blame for what the whole job could not do."""
+        bad = [one for one in (*self.blames, *self.rail_blames) if one.kind in ("node", "rail")]
+        return tuple(dict.fromkeys(node for one in bad for node in one.nodes))
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -131,6 +131,17 @@ def test_a_short_rail_is_a_failure_of_the_node_that_is_blamed_for_it(
     assert (one.verdict, says in one.read) == (verdict, True), one
 
 
+@pytest.mark.parametrize("kind", ["node", "rail", "link", "undetermined"])
+def test_a_collective_that_hangs_with_another_node_is_that_nodes_fault(kind: str) -> None:
+    """In a job that hangs everybody hangs: the one who is to blame is left out, and not all of them."""
+    hung = changed(("ranks", 0, "trouble"), "hung at: all_reduce of 65536 bytes")
+    for culprit, verdict in (("n1", Verdict.UNKNOWN), ("n3", Verdict.WARN)):
+        job = replace(JOB, blames=(Blame(kind, (culprit,), "hung"),))
+        (one,) = judged("net.all_reduce", hung, job=job)
+        assert one.verdict is (verdict if kind in ("node", "rail") else Verdict.UNKNOWN)
+        assert ("because of n3" in one.read) == (one.verdict is Verdict.WARN)
+
+
 def test_a_job_without_rails_misses_none_and_one_with_rails_has_ports() -> None:
     without = changed(("rails",), None)
     assert judged("net.rails", without, job=replace(JOB, expects_rails=False)) == []

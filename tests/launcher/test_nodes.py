@@ -220,6 +220,22 @@ def test_a_new_job_leaves_out_as_many_as_its_partition_can_do_without() -> None:
     assert (chosen.nodes, len(chosen.lines)) == ((), 2)
 
 
+def test_a_job_that_got_nodes_on_record_leaves_idle_as_many_as_it_has_spares() -> None:
+    found = [bad("n1", 1.0), bad("n2", 2.0), bad("n9", 3.0)]
+    nodes = ("n1", "n2", "n3", "n4")
+    one = badnodes.in_a_job(found, nodes, 1)
+    assert one.nodes == ("n2",)  # the newest; n9 is not the job's
+    assert (
+        one.lines[0]
+        == f"leaving out n2 until {bad('n2').ends}: a spare takes its place, because n2 is broken"
+    )
+    assert one.lines[1].startswith(f"n1 is on record as bad until {bad('n1').ends}, and the job has no spare")
+    assert "sbatch --exclude=n1, or one node more and spares=1" in one.lines[1]
+    assert badnodes.in_a_job(found, nodes, 2).nodes == ("n2", "n1")
+    assert badnodes.in_a_job(found, nodes, 0).nodes == ()
+    assert badnodes.in_a_job(found[2:], nodes, 3) == badnodes.LeftOut((), ())
+
+
 def test_the_partitions_of_a_job_are_those_it_names_or_the_default() -> None:
     sinfo = "n1|main*\nn2|main*\nn2|high\nn3|high\n"
     assert badnodes.partitions(sinfo, None) == {"main": ("n1", "n2")}
