@@ -159,8 +159,8 @@ def measure(
         answers = a_round([(pair.a, pair.b) for pair in wanted], "pair", seconds)
         late = [pair for pair in wanted if any(started_late(answers.get(node)) for node in (pair.a, pair.b))]
         if late and left() > LEAST_ROUND_SECONDS:
-            seconds = left() / (pairs.MOST_ROUNDS - len(history))
-            answers |= a_round([(pair.a, pair.b) for pair in late], "pair", seconds)
+            # Longer than before: what is left for others is of no use to a machine that does not even start.
+            answers |= a_round([(pair.a, pair.b) for pair in late], "pair", 1.5 * seconds)
         figures = {pair: pair_figure(pair, answers) for pair in wanted}
         on_gpus = any(record.get("gpus") for record in answers.values())
         history.append(_outcomes(figures, history, floor=None, share=PAIR_LEAST["gpu" if on_gpus else "cpu"]))
