@@ -139,7 +139,7 @@ class Live(Source):
         else:
             lane, seconds = _lane_of(op, args)
             seconds = min(seconds * self._patience, self._left())
-            record = self._lanes[lane].ask(op, self._placed(op, args), seconds, key, most=self._left())
+            record = self._lanes[lane].ask(op, self._placed(op, args), seconds, key, ends=self._ends)
         self.records[key] = record
         return opened(record, key)
 
@@ -176,8 +176,8 @@ class _Lane:
         self._worker: subprocess.Popen[bytes] | None = None
         self._abandoned: list[subprocess.Popen[bytes]] = []
 
-    def ask(self, op: str, args: Sequence[Any], seconds: float, key: str, *, most: float = 0.0) -> Record:
-        """The worker's answer within `seconds`; within twice as many, `most` at most, where it had no CPU to answer."""
+    def ask(self, op: str, args: Sequence[Any], seconds: float, key: str, *, ends: float) -> Record:
+        """The worker's answer within `seconds`; within twice as many where it had no CPU; never after `ends`."""
         with self._lock:
             worker = self._worker or self._start()
             assert worker.stdin is not None
@@ -188,10 +188,10 @@ class _Lane:
                 self._abandon()
                 return {"problem": "error", "detail": f"{key}: the worker has died: {error.strerror}"}
             before, began, answer = starvation.scheduled(worker.pid), time.monotonic(), bytearray()
-            done = _line_of(worker, began + seconds, answer)
+            done = _line_of(worker, min(began + seconds, ends), answer)
             if not done and starvation.is_starved(starvation.scheduled(worker.pid)):
                 # It is not the machine's answer that is late. Once more, and then it counts as silence too.
-                done = _line_of(worker, began + min(2 * seconds, most), answer)
+                done = _line_of(worker, min(began + 2 * seconds, ends), answer)
             if not done:
                 took = time.monotonic() - began
                 why = starvation.described(before, starvation.scheduled(worker.pid))

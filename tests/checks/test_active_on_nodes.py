@@ -79,6 +79,8 @@ def test_a_slow_rail_is_named_with_its_node(box: boxes.Box, tmp_path: Path) -> N
     path = f"{tmp_path}:{boxes.environment(box)['PATH']}"
     status, out, _ = checked(box, *words, PATH=path, STAND_IN_FAULTS="n2/mlx5_1 45")
     assert status == 1, out
-    assert "rail: n2 (mlx5_1): n1 to n2 45 Gb/s, n2 to n1 45 Gb/s, expected 360 Gb/s" in out, out
+    assert (
+        "rail: n2 (mlx5_1): with n1: n1 to n2 45 Gb/s, n2 to n1 45 Gb/s, expected 360 Gb/s; with " in out
+    ), out
     assert "leave out: sbatch --exclude=n2\n" in out, out
     assert "net.pairs: pass: n[1-4]" in out, out
