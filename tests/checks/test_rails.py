@@ -322,7 +322,7 @@ def test_a_port_that_is_down_accuses_itself_in_the_first_round(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STAND_IN_FAULTS", "n1/mlx5_1 down")
-    answers = a_round(place, [("n1", "n2")], 9.0)
+    answers = a_round(place, [("n1", "n2")], 12.0)
     found = {node: rails.rails_of(one["rails"]) for node, one in answers.items()}
     (fault,) = rails.own_faults(found)["n1"].values()
     assert "Couldn't get context for the device" in fault
