@@ -91,6 +91,7 @@ def _active(options: argparse.Namespace, expected: Expectations) -> int:
         baselines=_baselines(options.baselines),
         budget=options.active_budget,
         srun_options=options.srun,
+        root=options.root,
         as_json=options.json,
         width=_width(),
     )
@@ -294,10 +295,8 @@ def _baseline(words: Sequence[str]) -> int:
     nodes, found = active.measure_here(
         expected, name=options.node, baselines=[], budget=options.active_budget, srun_options=options.srun
     )
-    if found.job.blames:
-        raise recorded.NotWhole(
-            f"{found.job.blames[0].kind}: {' - '.join(found.job.blames[0].nodes)} is not good"
-        )
+    if blames := [*found.job.blames, *found.job.rail_blames]:
+        raise recorded.NotWhole(f"the nodes are not good: {blames[0]}")
     own = recorded.own_baselines(found.records, nodes, expected)
     keys = {(one.what, one.gpu, one.fabric, one.nodes, one.ranks, one.payload) for one in own}
     kept = [

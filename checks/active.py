@@ -14,11 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from checks import baselines as tables
-from checks import catalog, pairs, report
+from checks import catalog, pairs, perftest, rail_rounds, report
 from checks.agent import search_path
 from checks.baselines import Baseline
 from checks.board import Start, run_round
@@ -28,6 +28,7 @@ from checks.hostlist import expanded, folded
 from checks.judge_active import job_fabric
 from checks.measured import Job, best_burn, measured
 from checks.pairs import Outcome, Pair
+from checks.reading import Unread
 from checks.registry import judge
 from checks.verdict import EXIT_CODES, CheckResult, Verdict, worst
 
@@ -39,6 +40,8 @@ LEAST_ROUND_SECONDS = 8.0
 """Below that no round is started: srun and torch alone take a few seconds."""
 PAIR_LEAST = {"gpu": 0.8, "cpu": 0.4}
 """Share of the median pair, where no baseline says what a pair gives."""
+STARTED_LATE = "hung at: start"
+"""What an agent says of a rank that has not imported torch and found its device yet."""
 CONTEXT = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTER_NAME")
 """What srun may know of the job that it runs in. Everything else (SLURM_CPUS_PER_TASK, SRUN_CPUS_PER_TASK, SLURM_EXACT,
 sizes of an outer step) would change the step: it must have all CPUs and GPUs of its nodes."""
@@ -121,22 +124,32 @@ def measure(
     baselines: Sequence[Baseline],
     budget: float = BUDGET_SECONDS,
     address: str,
+    root: str = "/",
 ) -> Found:
-    """Every round that is needed, within the budget."""
+    """Every round that is needed, within the budget: the whole job, its rails, then pairs."""
     began = time.monotonic()
 
     def left() -> float:
         return budget - (time.monotonic() - began)
 
     def a_round(groups: Sequence[Sequence[str]], kind: str, seconds: float) -> dict[str, Any]:
-        return run_round(groups, kind, min(seconds, left()), start, gpus=expected.gpus, address=address)
+        words = {"gpus": expected.gpus, "fabric": expected.fabric, "root": root}
+        return run_round(groups, kind, min(seconds, left()), start, words=words, address=address)
 
     records = a_round([nodes], "whole", budget * WHOLE_SHARE)
+    if any(started_late(record) for record in records.values()) and left() > LEAST_ROUND_SECONDS:
+        records = a_round([nodes], "whole", left() * WHOLE_SHARE)
     job = Job(nodes=len(nodes), best_burn=best_burn(list(records.values())), baselines=tuple(baselines))
     results = judged(nodes, records, job, expected)
-    job = Job(
-        **{**vars(job), "expects_pairs": len(nodes) > 1 and needs_pairs(results, records, job, expected)}
-    )
+    job = replace(job, expects_pairs=len(nodes) > 1 and needs_pairs(results, records, job, expected))
+    if rail_rounds.are_measured(nodes, records, expected):
+        found = rail_rounds.measured(
+            nodes, records, a_round, left,
+            baseline=base.floor if (base := job_baseline(perftest.TOOL, records, job, expected)) else None,
+            least_seconds=LEAST_ROUND_SECONDS,
+        )  # fmt: skip
+        records = {node: {**records[node], "rails": found.records[node]} for node in records}
+        job = replace(job, expects_rails=True, rail_blames=found.blames)
     history: list[list[Outcome]] = []
     while job.expects_pairs and left() > LEAST_ROUND_SECONDS:
         wanted = pairs.next_round(nodes, history)
@@ -144,10 +157,14 @@ def measure(
             break
         seconds = left() / (pairs.MOST_ROUNDS - len(history))
         answers = a_round([(pair.a, pair.b) for pair in wanted], "pair", seconds)
+        late = [pair for pair in wanted if any(started_late(answers.get(node)) for node in (pair.a, pair.b))]
+        if late and left() > LEAST_ROUND_SECONDS:
+            # Longer than before: what is left for others is of no use to a machine that does not even start.
+            answers |= a_round([(pair.a, pair.b) for pair in late], "pair", 1.5 * seconds)
         figures = {pair: pair_figure(pair, answers) for pair in wanted}
         on_gpus = any(record.get("gpus") for record in answers.values())
         history.append(_outcomes(figures, history, floor=None, share=PAIR_LEAST["gpu" if on_gpus else "cpu"]))
-    job = Job(**{**vars(job), "paired": len(history), "blames": tuple(pairs.blamed(nodes, history))})
+    job = replace(job, paired=len(history), blames=tuple(pairs.blamed(nodes, history)))
     return Found(records, job, history, time.monotonic() - began)
 
 
@@ -188,13 +205,26 @@ def needs_pairs(
     short = any(
         one.check.startswith("net.") and one.verdict.blocks for found in results.values() for one in found
     )
-    record = next(iter(records.values()), None)
-    ranks = (record or {}).get("ranks") or [{}]
-    known = tables.find(
-        job.baselines, "all_reduce", gpu=str(ranks[0].get("device", "")), fabric=job_fabric(job.nodes, expected),
-        nodes=job.nodes, ranks=len(ranks), payload=1 << 60,
-    )  # fmt: skip
+    known = job_baseline("all_reduce", records, job, expected)
     return short or known is None
+
+
+def job_baseline(what: str, records: Mapping[str, Any], job: Job, expected: Expectations) -> Baseline | None:
+    """What the whole job should give, by the first node that said which GPUs it has."""
+    said = [measured(node, record, job) for node, record in records.items()]
+    one = next((node for node in said if node.device), None)
+    ranks = len(one.ranks) if one is not None and not isinstance(one.ranks, Unread) else 0
+    return tables.find(
+        job.baselines, what, gpu=one.device if one else "", fabric=job_fabric(job.nodes, expected),
+        nodes=job.nodes, ranks=ranks, payload=1 << 60,
+    )  # fmt: skip
+
+
+def started_late(record: Mapping[str, Any] | None) -> bool:
+    """Whether a rank of this node had not even started when its time was over. So is a node without a CPU to spare,
+    which says nothing of its network: it is asked once more, and then believed."""
+    ranks = (record or {}).get("ranks", [])
+    return any(rank.get("trouble") == STARTED_LATE for rank in ranks)
 
 
 def pair_figure(pair: Pair, answers: Mapping[str, Any]) -> float | str:
@@ -219,6 +249,7 @@ def check_actively(
     baselines: Sequence[Baseline],
     budget: float,
     srun_options: Sequence[str],
+    root: str,
     as_json: bool,
     width: int,
 ) -> int:
@@ -226,7 +257,7 @@ def check_actively(
     if conducts_elsewhere(os.environ):
         return 0
     nodes, found = measure_here(
-        expected, name=name, baselines=baselines, budget=budget, srun_options=srun_options
+        expected, name=name, baselines=baselines, budget=budget, srun_options=srun_options, root=root
     )
     results = judged(nodes, found.records, found.job, expected, checks)
     if as_json:
@@ -249,8 +280,9 @@ def measure_here(
     baselines: Sequence[Baseline],
     budget: float,
     srun_options: Sequence[str],
+    root: str = "/",
 ) -> tuple[tuple[str, ...], Found]:
-    """The allocation that this process is in, or this machine."""
+    """The allocation that this process is in, or this machine. `root` holds the sys and proc of the nodes."""
     nodes = nodes_of(os.environ)
     if nodes:
         start, address = (
@@ -259,7 +291,8 @@ def measure_here(
         )
     else:
         nodes, start, address = (name,), on_this_machine, "localhost"
-    return nodes, measure(nodes, expected, start, baselines=baselines, budget=budget, address=address)
+    found = measure(nodes, expected, start, baselines=baselines, budget=budget, address=address, root=root)
+    return nodes, found
 
 
 def conducts_elsewhere(environment: Mapping[str, str]) -> bool:
@@ -285,16 +318,15 @@ def passes(results: Mapping[str, Sequence[CheckResult]]) -> str:
 def conclusion(results: Mapping[str, Sequence[CheckResult]], found: Found) -> str:
     """The whole verdict, and only the nodes that something names: in a job that hangs every node has a failure."""
     whole = worst(one.verdict for each in results.values() for one in each)
-    named = [node for blame in found.job.blames if blame.kind == "node" for node in blame.nodes]
+    named = list(found.job.culprits)
     named += [
         node
         for node, each in results.items()
-        if node not in named
-        and any(r.verdict is Verdict.FAIL and not r.check.startswith("net.") for r in each)
+        if any(r.verdict is Verdict.FAIL and not r.check.startswith("net.") for r in each)
     ]
     took = f"{found.seconds:.1f} s, {found.job.paired} rounds of pairs"
     lines = [f"{whole.value}: {len(results)} nodes ({folded(results)}) in {took}"]
-    lines += [f"{blame.kind}: {' - '.join(blame.nodes)}: {blame.why}" for blame in found.job.blames]
+    lines += map(str, (*found.job.rail_blames, *found.job.blames))
     if named:
-        lines.append(f"leave out: sbatch --exclude={folded(named)}")
+        lines.append(f"leave out: sbatch --exclude={folded(dict.fromkeys(named))}")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,9 @@ import threading
 import time
 from pathlib import Path
 from typing import Any, TextIO
+
+from checks import perftest, rail_agent
+from checks.evidence import tool_path
 
 SPARE_SECONDS = 1.5
 """Kept for killing, reporting and going home before the board stops listening."""
@@ -34,25 +38,65 @@ def main() -> int:
         connection.settimeout(None)
         # Two files: one that reads and writes forgets what it has read ahead when it writes.
         line, heard = connection.makefile("w", encoding="utf-8"), connection.makefile("r", encoding="utf-8")
-        gpus = gpus_here() if task["gpus"] is None else int(task["gpus"])
-        tell(line, token=task["token"], node=name, ranks=max(1, gpus))
+        if task["kind"] == "rails":
+            rails = rail_agent.Rails(
+                task["root"].replace("{node}", name), task["fabric"] or "auto", os.environ
+            )
+            tell(line, token=task["token"], node=name, ranks=1, services=rails.services)
+        else:
+            gpus = gpus_here() if task["gpus"] is None else int(task["gpus"])
+            tell(line, token=task["token"], node=name, ranks=max(1, gpus))
         order = json.loads(heard.readline() or "null")
         if order is None:
             print(f"{name}: the board has nothing for this node", file=sys.stderr)
             return 1
+        places = heard_by_a_thread(heard)
+        if task["kind"] == "rails":
+            tell(line, result={"node": name, "rails": with_a_partner(rails, places, task["address"], ends)})
+            return told(name, places)
         with tempfile.TemporaryDirectory(prefix="checks-") as folder:
             ranks = [Rank(local, gpus, name, order, Path(folder), ends) for local in range(max(1, gpus))]
-            places = heard_by_a_thread(heard)
             try:
                 together(ranks, line, places, task["address"], ends)
             finally:
                 for rank in ranks:
                     rank.kill()
             tell(line, result={"node": name, "gpus": gpus, "ranks": [rank.report() for rank in ranks],
-                               "transport": transports(Path(folder))})  # fmt: skip
+                               "transport": transports(Path(folder)),
+                               **rdma_here(task["root"].replace("{node}", name))})  # fmt: skip
+        return told(name, places)
+
+
+def told(name: str, places: queue.Queue[dict[str, Any]]) -> int:
+    """Wait until the board has taken the report. Returns this process's exit status."""
+    try:
         while "thanks" not in places.get(timeout=SPARE_SECONDS):
             pass  # a place in a group that came too late
+    except queue.Empty:
+        print(f"{name}: the board did not take this node's report", file=sys.stderr)
+        return 1
     return 0
+
+
+def rdma_here(root: str) -> dict[str, Any]:
+    """Whether a round of rails is worth its time: the RDMA devices of this node, and where perftest is."""
+    folder = Path(root.rstrip("/") + rail_agent.SYSFS)
+    devices = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
+    return {"rdma": devices, "perftest": shutil.which(perftest.TOOL, path=tool_path())}
+
+
+def with_a_partner(
+    rails: rail_agent.Rails, places: queue.Queue[dict[str, Any]], board: str, ends: float
+) -> dict[str, Any]:
+    """What each rail came to; where the partner never came, that."""
+    try:
+        place = places.get(timeout=max(0.0, ends - time.monotonic()))
+    except queue.Empty:
+        return {"problem": "timed out", "detail": "its partner in the pair never came"}
+    try:
+        return rail_agent.measured(rails, place, board=board, ends=ends)
+    finally:
+        rails.close()
 
 
 def gpus_here() -> int:

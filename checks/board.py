@@ -14,7 +14,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -30,6 +30,8 @@ class _Member:
     line: TextIO
     address: str
     ranks: int
+    services: Mapping[str, Any]
+    """In a round of rails, by rail: on which port its server listens, and the rail's rate."""
 
 
 @dataclass
@@ -45,17 +47,20 @@ def run_round(
     seconds: float,
     start: Start,
     *,
-    gpus: int | None,
+    words: Mapping[str, Any],
     address: str,
 ) -> dict[str, dict[str, Any]]:
-    """What each node of each group reported; a node without an entry never did. Takes `seconds` at most."""
+    """What each node of each group reported; a node without an entry never did. Takes `seconds` at most.
+
+    `words` are for the agents: how many GPUs, which fabric, under which folder they look.
+    """
     ends = time.monotonic() + seconds
     board = Board([tuple(group) for group in groups], kind)
     nodes = [node for group in groups for node in group]
     agents: list[subprocess.Popen[Any]] = []
     try:
-        words = {"address": address, "port": board.port, "token": board.token, "gpus": gpus}
-        agents = start(nodes, {**words, "seconds": seconds - STARTING_SECONDS})
+        meeting = {"address": address, "port": board.port, "token": board.token, "kind": kind}
+        agents = start(nodes, {**words, **meeting, "seconds": seconds - STARTING_SECONDS})
         board.wait(len(nodes), ends, agents)
         return dict(board.results)
     finally:
@@ -121,28 +126,47 @@ class Board:
             group = self._groups[node]
             _tell(line, kind=self._kind, group=group.nodes)
             with self._changed:
-                group.members[node] = _Member(line, address, int(hello["ranks"]))
-                self._lead(group)
+                services = dict(hello.get("services", {}))
+                group.members[node] = _Member(line, address, int(hello["ranks"]), services)
+                if self._kind == "rails":
+                    self._introduce(group)
+                else:
+                    self._lead(group)
             while text := heard.readline(8 << 20):
                 said = json.loads(text)
                 if "port" in said:
                     self._place(group, int(said["port"]))
                 if "result" in said:
                     with self._changed:
-                        self.results[node] = said["result"]
+                        self.results[node] = _of_a_node(said["result"])
                         self._changed.notify_all()
                     _tell(line, thanks=True)
         except (OSError, ValueError, KeyError, TypeError):
             return  # a stranger, or an agent that died: its node has no result, and that is what is reported
         finally:
-            connection.close()
+            _hang_up(connection)
+
+    def _introduce(self, group: _Group) -> None:
+        """Tell the two of a pair where the other one listens."""
+        if group.placed or len(group.members) < len(group.nodes):
+            return
+        group.placed = True
+        for node, partner in zip(group.nodes, reversed(group.nodes), strict=True):
+            other = group.members[partner]
+            _tell_of_group(
+                group.members[node],
+                partner=partner,
+                address=_seen_by_others(other),
+                services=other.services,
+                first=node == group.nodes[0],
+            )
 
     def _lead(self, group: _Group) -> None:
         if group.placed or len(group.members) < len(group.nodes):
             return
         group.placed = True
-        _tell(
-            group.members[group.nodes[0]].line,
+        _tell_of_group(
+            group.members[group.nodes[0]],
             lead=True,
             size=sum(one.ranks for one in group.members.values()),
         )
@@ -155,11 +179,42 @@ class Board:
         first = 0
         for node in group.nodes:
             member = group.members[node]
-            # A leader on the conductor's node came over its loopback: the others find it where they found the board.
-            here = "" if leader.address.startswith("127.") else leader.address
-            here = "localhost" if member is leader else here
-            _tell(member.line, first=first, world=world, address=here, port=port)
+            here = "localhost" if member is leader else _seen_by_others(leader)
+            _tell_of_group(member, first=first, world=world, address=here, port=port)
             first += member.ranks
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """close() alone leaves it open while a group still knows the agent's line, and the agent would wait for a word."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # the other side was quicker
+    finally:
+        connection.close()
+
+
+def _of_a_node(result: Any) -> dict[str, Any]:
+    """A report as the judges take it. Raises ValueError for another form: its node has then reported nothing."""
+    if not isinstance(result, dict):
+        raise ValueError("a report is an object")
+    ranks = result.get("ranks", [])
+    if not isinstance(ranks, list) or not all(isinstance(rank, dict) for rank in ranks):
+        raise ValueError("the ranks of a report are a list of objects")
+    return result
+
+
+def _seen_by_others(member: _Member) -> str:
+    """A member on the conductor's node came over its loopback: the others find it where they found the board."""
+    return "" if member.address.startswith("127.") else member.address
+
+
+def _tell_of_group(member: _Member, **words: Any) -> None:
+    """Whose agent is gone hears nothing; that must not cost the report of the member in whose thread we are."""
+    try:
+        _tell(member.line, **words)
+    except (OSError, ValueError):
+        return  # ValueError: the file is closed
 
 
 def _tell(line: TextIO, **words: Any) -> None:

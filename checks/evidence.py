@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checks import starvation
 from checks.reading import Problem, Reading, Unread, shortened
 
 READ_SECONDS = 1.0
@@ -138,7 +139,7 @@ class Live(Source):
         else:
             lane, seconds = _lane_of(op, args)
             seconds = min(seconds * self._patience, self._left())
-            record = self._lanes[lane].ask(op, self._placed(op, args), seconds, key)
+            record = self._lanes[lane].ask(op, self._placed(op, args), seconds, key, ends=self._ends)
         self.records[key] = record
         return opened(record, key)
 
@@ -175,7 +176,8 @@ class _Lane:
         self._worker: subprocess.Popen[bytes] | None = None
         self._abandoned: list[subprocess.Popen[bytes]] = []
 
-    def ask(self, op: str, args: Sequence[Any], seconds: float, key: str) -> Record:
+    def ask(self, op: str, args: Sequence[Any], seconds: float, key: str, *, ends: float) -> Record:
+        """The worker's answer within `seconds`; within twice as many where it had no CPU; never after `ends`."""
         with self._lock:
             worker = self._worker or self._start()
             assert worker.stdin is not None
@@ -185,10 +187,16 @@ class _Lane:
             except OSError as error:
                 self._abandon()
                 return {"problem": "error", "detail": f"{key}: the worker has died: {error.strerror}"}
-            answer = _line_of(worker, time.monotonic() + seconds)
-            if answer is None:
+            before, began, answer = starvation.scheduled(worker.pid), time.monotonic(), bytearray()
+            done = _line_of(worker, min(began + seconds, ends), answer)
+            if not done and starvation.is_starved(starvation.scheduled(worker.pid)):
+                # It is not the machine's answer that is late. Once more, and then it counts as silence too.
+                done = _line_of(worker, min(began + 2 * seconds, ends), answer)
+            if not done:
+                took = time.monotonic() - began
+                why = starvation.described(before, starvation.scheduled(worker.pid))
                 self._abandon()
-                return {"problem": "timed out", "detail": f"{key}: no answer within {seconds:.1f} s"}
+                return {"problem": "timed out", "detail": f"{key}: no answer within {took:.1f} s{why}"}
             if not answer.endswith(b"\n"):
                 self._abandon()
                 return {"problem": "error", "detail": f"{key}: the worker died while it looked"}
@@ -227,32 +235,35 @@ class _Lane:
         self._abandoned.append(worker)
 
 
-def _line_of(worker: subprocess.Popen[bytes], ends: float) -> bytes | None:
-    """One line of the worker's; a part of it where the worker has died; None at the deadline."""
+def _line_of(worker: subprocess.Popen[bytes], ends: float, parts: bytearray) -> bool:
+    """Add to `parts` up to the end of the line, or to a part of it where the worker has died. False at the deadline."""
     assert worker.stdout is not None
-    descriptor, parts = worker.stdout.fileno(), b""
+    descriptor = worker.stdout.fileno()
     while not parts.endswith(b"\n"):
         left = ends - time.monotonic()
         if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-            return None
+            return False
         part = os.read(descriptor, 1 << 20)
         if not part:
-            return parts
+            return True
         parts += part
-    return parts
+    return True
+
+
+def tool_path() -> str:
+    """PATH, and where the tools of administrators lie, at which an ordinary user's PATH does not look."""
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin"
 
 
 def run_command(argv: Sequence[str], seconds: float) -> Reading:
     """What the command prints, in the C locale; Unread where it is missing, fails, or outlasts its deadline."""
-    # Tools of administrators lie where an ordinary user's PATH does not look.
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin"
     try:
         child = subprocess.Popen(
             list(argv),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "LC_ALL": "C", "PATH": path},
+            env={**os.environ, "LC_ALL": "C", "PATH": tool_path()},
             start_new_session=True,
         )
     except FileNotFoundError:
@@ -261,14 +272,16 @@ def run_command(argv: Sequence[str], seconds: float) -> Reading:
         return Unread(Problem.NOT_PERMITTED, f"command {argv[0]}")
     except OSError as error:
         return Unread(Problem.ERROR, f"{argv[0]}: {error.strerror}")
+    before = starvation.scheduled(child.pid)
     try:
         printed, complaint = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        why = starvation.described(before, starvation.scheduled(child.pid), "it")
         try:
             os.killpg(child.pid, signal.SIGKILL)  # with what it started; not waited for: see checks.worker
         except ProcessLookupError:
             return Unread(Problem.TIMED_OUT, f"{' '.join(argv)}: ended at its deadline")
-        return Unread(Problem.TIMED_OUT, f"{' '.join(argv)}: no answer within {seconds:.1f} s")
+        return Unread(Problem.TIMED_OUT, f"{' '.join(argv)}: no answer within {seconds:.1f} s{why}")
     text, said = (part.decode(errors="surrogateescape") for part in (printed, complaint))
     if child.returncode == 0:
         return text

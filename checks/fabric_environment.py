@@ -123,6 +123,21 @@ def derive(
     )  # fmt: skip
 
 
+def rails_and_gid(
+    facts: FabricFacts, kind: FabricKind, given: Mapping[str, Given]
+) -> tuple[Rails, str | None]:
+    """The RDMA ports that the ranks' traffic takes, and on RoCE the GID index; no ports on any other fabric."""
+    draft = _Draft(facts, given)
+    interface, _ = _named_interface(draft) or socket_interface(facts)
+    found = kind if kind != "auto" else detect(facts, interface)
+    if found not in LINK_LAYERS:
+        return Rails(), None
+    rails = _named_rails(draft, found) or rails_of(facts, found, interface)
+    if rails.chosen:
+        _set_rails(draft, rails, found)
+    return rails, draft.value("NCCL_IB_GID_INDEX") if found == "roce" else None
+
+
 def detect(facts: FabricFacts, interface: str | None) -> FabricKind:
     """What the evidence looks like where nobody has named the fabric. GPUDirect-TCPX(O) has to be named."""
     if any(port.is_active and port.link_layer == "InfiniBand" for port in facts.ordered_ports):

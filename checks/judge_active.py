@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from checks import baselines
+from checks import baselines, perftest
 from checks.baselines import Baseline
 from checks.expectations import Expectations
 from checks.findings import Finding, blind, fail, result, warn
-from checks.measured import Figure, Measured, Rank
+from checks.measured import Measured, Rank
 from checks.pairs import Blame
+from checks.rails import LEAST, Figure, Rail, floor_of
 from checks.reading import Problem, Unread
 from checks.registry import check
 from checks.verdict import CheckResult, Verdict
@@ -129,6 +130,11 @@ def _collective(what: str, node: Measured, expected: Expectations) -> list[Check
                     f"{_size(largest)}: {value:.3g} GB/s bus bandwidth, at least {least:.3g}", "see net.pairs"
                 )
             )
+    culprits = node.job.culprits
+    if culprits and node.name not in culprits:
+        # Every node of a collective hangs with the one that does. That one is left out, not all of them.
+        because = f"because of {', '.join(culprits)}"
+        findings = [warn(f"{one.text}: {because}", "see net.pairs and net.rails") for one in findings]
     base = _baseline(node, expected, what, 1 << 60)
     against = f"{base.floor:.3g} GB/s ({base.source})" if base else f"no baseline for this job; {RECORD}"
     return result(name, findings, f"{shown} GB/s bus bandwidth", against)
@@ -194,16 +200,71 @@ def pairs(node: Measured, expected: Expectations) -> list[CheckResult]:
     return result(name, findings, f"passed, {node.job.paired} rounds", "every pair passes")
 
 
-def _finding(blame: Blame, node: str) -> Finding:
+@check(
+    "net.rails",
+    reads=["measure rails *"],
+    source="azurehpc-health-checks and oci-hpc: nine tenths of the port's rate by ib_write_bw",
+    tier="active",
+)
+def rails(node: Measured, expected: Expectations) -> list[CheckResult]:
+    """What perftest's ib_write_bw sends from each RDMA port to the same port of another node, and back."""
+    name = "net.rails"
+    if not node.job.expects_rails:
+        return []
+    base = _baseline(node, expected, perftest.TOOL)
+    floor = base.floor if base else None
+    against = f"{floor:.3g} Gb/s ({base.source})" if base else f"{LEAST:.0%} of the port's rate"
+    if isinstance(node.rails, Unread):
+        return result(name, [_rail_unread(node.rails, "")], "", against)
+    findings = [
+        one
+        for rail, end in node.rails.items()
+        if (one := _rail_finding(rail, end, node, floor_of(end.rate, floor))) is not None
+    ]
+    if not node.rails:
+        findings.append(blind(NOTHING, "no RDMA port of this fabric is active"))
+    figures = [end.sent for end in node.rails.values() if isinstance(end.sent, float)]
+    return result(name, findings, f"{len(figures)} rails: {_range(figures)} Gb/s", against)
+
+
+def _rail_finding(rail: str, end: Rail, node: Measured, least: float) -> Finding | None:
+    """What is wrong with this node's end of a rail. A figure that is short is its node's only where a blame says so."""
+    about = [blame for blame in node.job.rail_blames if rail in blame.rails]
+    own = [blame for blame in about if node.name in blame.nodes]
+    if own and not (isinstance(end.sent, Unread) and end.sent.problem is Problem.NOT_PERMITTED):
+        return _finding(own[0], node.name, f"{rail}: ")
+    if isinstance(end.sent, float) and end.sent >= max(least, 1e-9):
+        return None
+    if any(end.partner in blame.nodes and blame.kind in ("node", "rail") for blame in about):
+        return None
+    if isinstance(end.sent, Unread):
+        return _rail_unread(end.sent, f"{rail} to {end.partner}")
+    text = f"{rail} to {end.partner}: {end.sent:.3g} Gb/s, at least {least:.3g}"
+    return Finding(Verdict.UNKNOWN, f"undetermined, {text}", "measure with more nodes")
+
+
+def _rail_unread(why: Unread, what: str) -> Finding:
+    if why.problem is Problem.MISSING:
+        # As with every tool that few images hold: its absence must not keep every job from starting.
+        return warn(
+            f"{what}: {why}".removeprefix(": "), "install perftest on the nodes, or --without=net.rails"
+        )
+    return blind(why, what)
+
+
+def _finding(blame: Blame, node: str, rail: str = "") -> Finding:
     if blame.kind == "node":
-        return fail(f"this node: {blame.why}", "leave this node out")
+        return fail(f"{rail}this node: {blame.why}", "leave this node out")
+    if blame.kind == "rail":
+        return fail(f"{rail}this node's port or cable: {blame.why}", "leave this node out")
     others = ", ".join(one for one in blame.nodes if one != node)
     if blame.kind == "link":
         return warn(
-            f"the link to {others}: {blame.why}", "the cable or switch between them: not both in one job"
+            f"{rail}the link to {others}: {blame.why}",
+            "the cable or switch between them: not both in one job",
         )
     what = f"this node or {others} or what connects them" if others else "this node"
-    return Finding(Verdict.UNKNOWN, f"undetermined, {what}: {blame.why}", "measure with more nodes")
+    return Finding(Verdict.UNKNOWN, f"{rail}undetermined, {what}: {blame.why}", "measure with more nodes")
 
 
 def _local(

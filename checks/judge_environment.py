@@ -8,6 +8,7 @@ from checks.findings import Finding, blind, fail, result, warn
 from checks.judge_roce import roce_gid_indexes
 from checks.reading import Problem, Unread
 from checks.registry import check
+from checks.selectors import exact_names, nccl_selector
 from checks.verdict import CheckResult
 
 NCCL = "docs.nvidia.com/deeplearning/nccl, Environment Variables"
@@ -29,7 +30,10 @@ def interface(node: Node, expected: Expectations) -> list[CheckResult]:
     states = {one.name: one.state for one in node.interfaces}
     findings: list[Finding] = []
     for variable, value in named.items():
-        chosen = chosen_by(value, list(states), exact=not variable.startswith("NCCL_"))
+        if variable.startswith("NCCL_"):
+            chosen = [one for one in states if nccl_selector(value).matches(one)]
+        else:
+            chosen = [one for one in states if one in exact_names(value)]
         if not chosen:
             findings.append(fail(f"{variable}={value}: no such interface", f"one of {' '.join(states)}"))
         elif all(states[one] == "down" for one in chosen):
@@ -56,8 +60,9 @@ def adapter(node: Node, expected: Expectations) -> list[CheckResult]:
     ports = [port for device in devices for port in device.ports]
     if named:
         names = [device.name for device in devices]
-        chosen = chosen_by(named, names)
-        ports = [port for port in ports if port.device in chosen]
+        selector = nccl_selector(named)
+        chosen = [one for one in names if selector.matches(one)]
+        ports = [port for port in ports if selector.matches(port.device, port.port)]
         if not chosen:
             findings.append(
                 fail(f"NCCL_IB_HCA={named}: no such device", f"one of {' '.join(names) or 'none'}")
@@ -135,13 +140,3 @@ def files(node: Node, expected: Expectations) -> list[CheckResult]:
         elif not exists:
             findings.append(fail(f"{named}: no such file", "unset it, or mount it into the container"))
     return result(name, findings, " ".join(node.named_files) or "none named", "existing files")
-
-
-def chosen_by(value: str, names: list[str], exact: bool = False) -> list[str]:
-    """What NCCL takes from a list: prefixes, `=` for whole names, `^` for all others, `:port` behind a device."""
-    exclude = value.startswith("^")
-    rest = value.lstrip("^")
-    exact = exact or rest.startswith("=")
-    wanted = [word.strip().partition(":")[0] for word in rest.lstrip("=").split(",") if word.strip()]
-    hit = [name for name in names if any(name == word if exact else name.startswith(word) for word in wanted)]
-    return [name for name in names if name not in hit] if exclude else hit

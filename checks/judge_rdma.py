@@ -12,6 +12,7 @@ from checks.judge_gpu import without_gpus
 from checks.kernel_log import invalid_contexts
 from checks.reading import Problem, Unread
 from checks.registry import check
+from checks.selectors import nccl_selector
 from checks.verdict import CheckResult, Verdict
 
 ABI = "Documentation/ABI/stable/sysfs-class-infiniband"
@@ -88,8 +89,10 @@ def port_state(node: Node, expected: Expectations) -> list[CheckResult]:
         return found
     ports = ports_of(found, expected)
     findings: list[Finding] = []
+    others: list[Finding] = []
     up = 0
     for port in ports:
+        is_rail = _is_named(node, port)
         where = f"{port.device}:{port.port}"
         state, physical = _number(port.state), _number(port.phys_state)
         unknown = [value for value in (port.link_layer, state, physical) if isinstance(value, Unread)]
@@ -97,20 +100,32 @@ def port_state(node: Node, expected: Expectations) -> list[CheckResult]:
             findings.append(blind(unknown[0], where))
         # mlx5 has been seen to say `4: ACTIVE` for the physical state of a port that works.
         elif state == ACTIVE and (physical == LINK_UP or "ACTIVE" in str(port.phys_state)):
-            up += 1
+            up += is_rail
         elif physical == DISABLED:
             findings.append(
                 warn(f"{where} is disabled", "somebody turned it off: compare with the other nodes")
             )
         else:
-            text = f"{where} is {port.state}, {port.phys_state}"
-            findings.append(fail(text, "cable, transceiver or switch: leave this node out"))
+            text, remedy = f"{where} is {port.state}, {port.phys_state}", "cable, transceiver or switch"
+            if is_rail:
+                findings.append(fail(text, f"{remedy}: leave this node out"))
+            else:
+                others.append(warn(f"{text}; NCCL_IB_HCA does not name it", remedy))
     if expected.rails and up >= expected.rails:
         # Enough rails are up; what else is not plugged in is not this job's.
-        findings = [warn(one.text) if one.verdict is Verdict.FAIL else one for one in findings]
+        findings = [warn(one.text, one.remedy) if one.verdict is Verdict.FAIL else one for one in findings]
+    elif expected.rails and not findings:
+        findings.append(fail(f"{up} of {expected.rails} rails are active", "leave this node out"))
+    findings += others
     if not ports:
         findings.append(fail("no port of this fabric", "leave this node out"))
     return result(name, findings, f"{up} ports active", "4: ACTIVE, 5: LinkUp")
+
+
+def _is_named(node: Node, port: RdmaPort) -> bool:
+    """Whether the port is one of the job's rails, where NCCL_IB_HCA says which are; a node has others for storage."""
+    value = "" if isinstance(node.environment, Unread) else node.environment.get("NCCL_IB_HCA", "")
+    return not value or nccl_selector(value).matches(port.device, port.port)
 
 
 @check(

@@ -59,6 +59,7 @@ def main() -> None:
     say(set="device", value=torch.cuda.get_device_name(device) if kind == "cuda" else "cpu")
     if task["kind"] == "whole":
         local_figures(device)
+    at("wait for the others")
     place = json.loads(sys.stdin.readline())
     at("join the group")
     join(place, kind, float(task["seconds"]))

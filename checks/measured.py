@@ -12,9 +12,8 @@ from typing import Any
 
 from checks.baselines import Baseline
 from checks.pairs import Blame
+from checks.rails import Figure, Rail, rails_of
 from checks.reading import Problem, Unread
-
-Figure = float | Unread
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,15 @@ class Job:
     """Rounds of pairs that were measured."""
     expects_pairs: bool = False
     """The whole job fell short, hung, or has nothing to be compared with."""
+    expects_rails: bool = False
+    """It has RDMA ports that ib_write_bw measures one by one."""
+    rail_blames: tuple[Blame, ...] = ()
+
+    @property
+    def culprits(self) -> tuple[str, ...]:
+        """Nodes that are to blame for what the whole job could not do."""
+        bad = [one for one in (*self.blames, *self.rail_blames) if one.kind in ("node", "rail")]
+        return tuple(dict.fromkeys(node for one in bad for node in one.nodes))
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Measured:
     ranks: tuple[Rank, ...] | Unread
     gpus: int
     transports: tuple[str, ...] | Unread
+    rails: Mapping[str, Rail] | Unread
     job: Job
 
     @property
@@ -62,10 +71,10 @@ def measured(name: str, record: Any, job: Job) -> Measured:
     """From a node's record, None where it never reported."""
     if record is None:
         silent = Unread(Problem.TIMED_OUT, "this node never reported")
-        return Measured(name, silent, 0, silent, job)
+        return Measured(name, silent, 0, silent, silent, job)
     if not isinstance(record, dict):
         strange = Unread(Problem.ERROR, "a report of another form")
-        return Measured(name, strange, 0, strange, job)
+        return Measured(name, strange, 0, strange, strange, job)
     ranks = record.get("ranks")
     gpus = record.get("gpus")
     return Measured(
@@ -75,6 +84,7 @@ def measured(name: str, record: Any, job: Job) -> Measured:
         else problem_of(ranks, "no rank reported"),
         gpus if isinstance(gpus, int) else 0,
         _texts(record.get("transport")),
+        rails_of(record.get("rails")),
         job,
     )
 

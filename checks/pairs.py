@@ -53,12 +53,19 @@ History = Sequence[Sequence[Outcome]]
 
 @dataclass(frozen=True)
 class Blame:
-    """`node`: it failed with every partner. `link`: its two ends pass with others, and failed together twice.
-    `undetermined`: one of these nodes or what connects them; the measurements do not say which."""
+    """`node`: it failed with every partner. `rail`: one of its RDMA ports did, others of its ports did not. `link`: its
+    two ends pass with others, and failed together twice. `undetermined`: one of these nodes or what connects them; the
+    measurements do not say which."""
 
     kind: str
     nodes: tuple[str, ...]
     why: str
+    rails: tuple[str, ...] = ()
+    """The RDMA ports that it is about, where each was measured for itself; () for the nodes as a whole."""
+
+    def __str__(self) -> str:
+        rails = f" ({', '.join(self.rails)})" if self.rails else ""
+        return f"{self.kind}: {' - '.join(self.nodes)}{rails}: {self.why}"
 
 
 def next_round(nodes: Sequence[str], history: History) -> Round:
@@ -69,7 +76,8 @@ def next_round(nodes: Sequence[str], history: History) -> Round:
         return tuple(Pair(a, b) for a, b in zip(nodes[::2], nodes[1::2], strict=False))
     good = _good(history)
     met = {outcome.pair.nodes for one in history for outcome in one}
-    open_nodes = [node for node in nodes if node not in good and not _is_bad(node, history)]
+    bad = _bad(history)
+    open_nodes = [node for node in nodes if node not in good and node not in bad]
     chosen: list[Pair] = []
     free = dict.fromkeys(node for node in nodes if node in good)
     waiting: list[str] = []
@@ -101,8 +109,9 @@ def blamed(nodes: Sequence[str], history: History) -> list[Blame]:
     failures = _failures(history)
     blames: list[Blame] = []
     settled: set[str] = set()
+    bad = _bad(history)
     for node in nodes:
-        if _is_bad(node, history):
+        if node in bad:
             why = "; ".join(
                 f"with {one.pair.other(node)}: {one.why}" for one in failures if node in one.pair.nodes
             )
@@ -163,10 +172,14 @@ def _by_pair(outcomes: Sequence[Outcome]) -> dict[frozenset[str], list[Outcome]]
     return found
 
 
-def _is_bad(node: str, history: History) -> bool:
+def _bad(history: History) -> set[str]:
+    """Nodes that failed with enough partners that pass with others. Once for all nodes: there may be a thousand."""
     good = _good(history)
-    partners = {outcome.pair.other(node) for outcome in _failures(history) if node in outcome.pair.nodes}
-    return node not in good and len(partners & good) >= GOOD_PARTNERS
+    failed_with: dict[str, set[str]] = {}
+    for outcome in _failures(history):
+        for node in outcome.pair.nodes - good:
+            failed_with.setdefault(node, set()).update({outcome.pair.other(node)} & good)
+    return {node for node, partners in failed_with.items() if len(partners) >= GOOD_PARTNERS}
 
 
 def _open_links(history: History) -> list[Pair]:

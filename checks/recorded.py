@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from checks import perftest
 from checks.baselines import Baseline
 from checks.expectations import Expectations
 from checks.judge_active import job_fabric
 from checks.measured import Job, Rank, measured
+from checks.rails import Rail
+from checks.reading import Unread
 
 LEAST = 0.9
 """Share of its own figure that a cluster must reach again; CPUs and plain TCP differ more from hour to hour."""
@@ -27,6 +30,7 @@ def own_baselines(records: Mapping[str, Any], nodes: Sequence[str], expected: Ex
     Raises NotWhole: a node did not report everything, and its absence would lower every figure.
     """
     ranks: list[Rank] = []
+    ends: list[Rail] = []
     job = Job(nodes=len(nodes))
     of_node = 0
     for node in nodes:
@@ -35,6 +39,7 @@ def own_baselines(records: Mapping[str, Any], nodes: Sequence[str], expected: Ex
             raise NotWhole(f"{node}: {one.ranks}")
         of_node = len(one.ranks)
         ranks += one.ranks
+        ends += [] if isinstance(one.rails, Unread) else list(one.rails.values())
     figures: dict[tuple[str, int], list[float]] = {}
     for rank in ranks:
         alone = len(nodes) * of_node == 1  # a world of one sends nothing
@@ -44,6 +49,10 @@ def own_baselines(records: Mapping[str, Any], nodes: Sequence[str], expected: Ex
             if not isinstance(value, float):
                 raise NotWhole(f"{key[0]}: {value}")
             figures.setdefault(key, []).append(value)
+    for end in ends:
+        if not isinstance(end.sent, float):
+            raise NotWhole(f"ib_write_bw to {end.partner}: {end.sent}")
+        figures.setdefault((perftest.TOOL, 0), []).append(end.sent)
     gpu = ranks[0].device
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     source = f"python -m checks baseline, {today}, median of {len(ranks)} ranks on {len(nodes)} nodes"

@@ -176,3 +176,25 @@ def choose(spec: JobSpec, found: Sequence[BadNode], in_partitions: dict[str, tup
             lines.append(f"leaving out {bad.node} until {bad.ends}, because {bad.reason}")
     lines += dict.fromkeys(reasons.values())
     return LeftOut((*spec.exclude, *left), tuple(lines))
+
+
+# --- in a job that has one all the same -----------------------------------------------------------------------
+
+
+def in_a_job(found: Sequence[BadNode], nodes: Sequence[str], spare: int) -> LeftOut:
+    """Which of a job's own nodes its first attempt leaves idle: the newest on record, as far as spares go. Pure.
+
+    sbatch reads no record of ours, and a node may come onto it while the job is in the queue.
+    """
+    here = [bad for bad in reversed(found) if bad.node in nodes]
+    left, kept = here[:spare], here[spare:]
+    lines = [
+        f"leaving out {bad.node} until {bad.ends}: a spare takes its place, because {bad.reason}"
+        for bad in left
+    ]
+    lines += [
+        f"{bad.node} is on record as bad until {bad.ends}, and the job has no spare to take its place "
+        f"(sbatch --exclude={bad.node}, or one node more and spares=1): {bad.reason}"
+        for bad in kept
+    ]
+    return LeftOut(tuple(bad.node for bad in left), tuple(lines))

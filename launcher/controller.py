@@ -169,15 +169,32 @@ def control(here: Here) -> int:
         say(f"stopped: {refusal}")
         here.write_state("lost", refusal, action="stopped")
         return 1
-    bad: tuple[str, ...] = ()
+    known = bad = _known_bad(here)
     while True:
-        decision = _one_attempt(here, bad)
+        decision = _one_attempt(here, bad, lost_nodes=bad != known)
         if decision.action != "restarted":
             return {"done": 0, "stopped": 1}.get(decision.action, EXIT_GOES_ON)
         bad = tuple(dict.fromkeys((*bad, *decision.exclude)))
 
 
-def _one_attempt(here: Here, bad: tuple[str, ...]) -> Decision:
+def _known_bad(here: Here) -> tuple[str, ...]:
+    """Nodes of this job that are on record, as far as there are others: `sbatch jobs/...` has read no record."""
+    allocation = here.allocation
+    if not allocation.job_id:
+        return ()
+    records = badnodes.everything(here.run.path.parent, allocation.cluster)
+    found = [bad for bad in badnodes.current(records, time.time()) if bad.node in allocation.nodes]
+    if not found:
+        return ()
+    unfit = ownjob.unfit(allocation.nodes) if here.spec.spares else ()
+    usable = [node for node in allocation.nodes if node not in unfit]
+    left_out = badnodes.in_a_job(found, usable, max(0, len(usable) - here.spec.nodes))
+    for line in left_out.lines:
+        say(line)
+    return left_out.nodes
+
+
+def _one_attempt(here: Here, bad: tuple[str, ...], *, lost_nodes: bool) -> Decision:
     """One attempt, its ledger line, and what was decided, done as far as it can be done from here."""
     run, spec = here.run, here.spec
     nodes = _working_nodes(here, bad)
@@ -187,7 +204,7 @@ def _one_attempt(here: Here, bad: tuple[str, ...]) -> Decision:
     say(f"run {run.id} attempt {number}: {spec.recipe} on {', '.join(nodes)}; directory {run.path}")
     here.write_state("starting", "preflight", attempt=number)
     here.write_state("running", f"{spec.world_size} ranks", attempt=number)
-    ended = run_attempt(here, number, attempt_dir, nodes, lost_nodes=bool(bad))
+    ended = run_attempt(here, number, attempt_dir, nodes, lost_nodes=lost_nodes)
 
     metrics, events = ledger.read_lines(run.metrics_file), durations.announcements(run)
     now = time.time()

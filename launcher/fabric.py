@@ -7,7 +7,6 @@ a fabric that is not there is known before any task starts, and nodes that diffe
 from __future__ import annotations
 
 import ipaddress
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +127,7 @@ def _ask(
     if peer is not None:
         command.append(f"--peer={peer}")
     output, complaint = preflight.output_of(command, environment)
-    return [json.loads(line) for line in output.splitlines() if line.startswith('{"node"')], complaint
+    return preflight.reports_in(output, labelled=True), complaint
 
 
 def _is_ipv4(address: str) -> bool:

@@ -34,7 +34,8 @@ DEADLINE_SECONDS = {"minimal": 60.0, "passive": 60.0, "active": 150.0}
 """A node that has not answered by then is not going to: the checks themselves take less than 6, 6 and 90 s."""
 
 TABLE_WIDTH = 180
-_NO_RDMA = {"loopback": "none"}
+_IN_CHECKS = {"loopback": "none", "tcpxo": "tcpx"}
+"""What `checks` calls a kind of fabric by another name."""
 _LABELLED = re.compile(r"^ *(?P<task>\d+): (?P<text>.*)$")
 
 
@@ -58,7 +59,8 @@ def run(
         words = [f"--writable={folder}", f"--master={master}:{port}", *expectations(spec)]
         if tier == "passive":
             words.append(f"--budget={LOOKING_SECONDS}")
-        reports = _ask(tier, words, allocation, python, environment)
+        # What the profile sets for the tasks can contradict a node, and says which of its ports are the job's.
+        reports = _ask(tier, words, allocation, python, {**environment, **spec.environment})
     _look_for_markers(reports, folder)
     if tier == "passive":
         _vote(reports)
@@ -77,7 +79,7 @@ def run(
 def expectations(spec: JobSpec) -> list[str]:
     """What a node of this job should be, as words for `python -m checks`. Pure."""
     words = [f"--gpus={spec.gpus_per_node}"]
-    fabric = _NO_RDMA.get(spec.fabric, spec.fabric)
+    fabric = _IN_CHECKS.get(spec.fabric_kind, spec.fabric_kind)
     if fabric in FABRICS:  # `auto` expects nothing: a device that is not there is a warning
         words.append(f"--fabric={fabric}")
     if "exclusive" not in spec.sbatch:
@@ -110,8 +112,6 @@ def _ask(
     nodes = allocation.nodes if allocation.job_id else ()
     if nodes:
         command = [*one_per_node(allocation), *command]
-        # --wait: of the checks under load one task works on long after the others, which a site's WaitTime would end.
-        command[1:1] = ["--label", "--wait=0"]
     output, complaint = output_of(command, environment, DEADLINE_SECONDS[tier])
     reports = reports_in(output, labelled=bool(nodes))
     return reports + silent(reports, nodes, complaint)
@@ -211,6 +211,7 @@ def _write(
 
 
 def one_per_node(allocation: Allocation) -> list[str]:
+    """srun's words for one task on each node, whose output `reports_in` reads."""
     nodes = len(allocation.nodes)
     return [
         "srun",
@@ -224,6 +225,9 @@ def one_per_node(allocation: Allocation) -> list[str]:
         "--mpi=none",
         "--export=ALL",
         "--input=none",
+        "--label",  # see reports_in
+        # Of the checks under load one task works on long after the others, which a site's WaitTime would end.
+        "--wait=0",
     ]
 
 

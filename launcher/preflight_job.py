@@ -43,16 +43,22 @@ if ! command -v "$python" >/dev/null; then
 fi
 export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 
-srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "$python" -P -m checks "$@"
+echo "preflight: what each node has, and how it compares with the others"
+# srun reports every status but 0 as an error; here they are verdicts, and the last line says which.
+srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 --mpi=none \
+  "$python" -P -m checks "$@" 2> >(grep --line-buffered -v 'Exited with exit code' >&2)
 passive=$?
+case $passive in 0 | 1 | 2 | 3) ;; *) exit "$passive" ;; esac
+echo
+echo "preflight: what GPUs and network give, measured for at most 90 s"
 "$python" -P -m checks --tier=active "$@"
 active=$?
-# 1 fail, 3 unknown, 2 warn, 0 pass: the worse of the two.
-for status in "$passive" "$active"; do
-  case $status in 0 | 1 | 2 | 3) ;; *) exit "$status" ;; esac
-done
-for status in 1 3 2; do
+case $active in 0 | 1 | 2 | 3) ;; *) exit "$active" ;; esac
+names=(pass fail warn unknown)
+for status in 1 3 2 0; do # the worse of the two
   if [ "$passive" -eq "$status" ] || [ "$active" -eq "$status" ]; then
+    echo
+    echo "preflight: ${names[status]} (exit status $status; 0 pass, 1 fail, 2 warn, 3 unknown)"
     exit "$status"
   fi
 done

@@ -5,6 +5,7 @@
     python -m launcher.proven write
 
 A recipe has run in a place, or a reason says why not; tests/launcher/test_proven.py holds every pair to that.
+jobs/preflight.sbatch has no recipe; its runs are on record as `preflight`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.preflight_job import NAME as PREFLIGHT
 from launcher.spec import JobSpec, UserError
 from launcher.suggest import did_you_mean
 
@@ -279,7 +281,7 @@ def _unchanged(proven: Proven, arguments: Any, recipes: Sequence[str]) -> Proven
 
 
 def _record(proven: Proven, arguments: Any, recipes: Sequence[str]) -> Proven:
-    _check_recipe(arguments.recipe, recipes)
+    _check_recipe(arguments.recipe, [*recipes, PREFLIGHT])  # a job file without a recipe, which runs as well
     if arguments.place == "gpu" and not arguments.hardware:
         raise UserError("--hardware: wanted with --place gpu, such as '2 x NVIDIA H200, one host'")
     return with_run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import pytest
 
 from launcher import badnodes, runs
 from launcher import box as boxes
+from launcher.outcome import Outcome
+from launcher.paths import REPOSITORY
 from tests.box_runs.support import FAST, Launcher, ended, submit_entrypoint, wait_until
 from tests.box_runs.survival import STEPS, job, runs_log, start_now
 
@@ -45,7 +48,7 @@ def interpreter(folder: Path, faults: dict[str, str]) -> Path:
     )
     path = folder / "python"
     path.write_text(
-        f'#!/bin/sh\nif [ "$2" = checks ]; then case "$SLURMD_NODENAME" in\n{cases}\nesac; fi\n'
+        f'#!/bin/sh\ncase " $* " in *" -m checks "*) case "$SLURMD_NODENAME" in\n{cases}\nesac ;; esac\n'
         f'exec {shlex.quote(sys.executable)} "$@"\n'
     )
     path.chmod(0o755)
@@ -120,6 +123,100 @@ def test_the_full_preflight_measures_the_nodes_before_the_run_starts_on_them(lau
         }
         assert read["host.shm"] == "pass"
         assert (read["burn.product"], read["net.all_reduce"], read["net.pairs"]) == ("pass",) * 3
+
+
+def patient(folder: Path) -> Path:
+    """An interpreter for python= that gives the active tier as much time as the launcher waits for it.
+
+    Four rounds in which three nodes load torch on this machine's few cores, whatever else runs there.
+    """
+    path = folder / "python"
+    path.write_text(
+        f'#!/bin/sh\ncase " $* " in *" --tier=active "*) set -- "$@" --active-budget=135 ;; esac\n'
+        f'exec {shlex.quote(sys.executable)} "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def test_a_node_that_hangs_with_every_partner_is_named_and_the_run_goes_on_without_it(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """Its ranks stop before their first collective, so every node hangs: the rounds of pairs tell whose fault it is."""
+    words = ("nodes=3", "spares=1", "preflight=full", "env.CHECKS_TRIAL=n2 stop")
+    run = submitted(launcher, patient(tmp_path), *words)
+    first = ended(run, seconds=300)
+    assert first["reason"].startswith("preflight: n2: net.pairs fail: this node: with "), first
+    assert "hung at: all_reduce" in first["reason"]
+    assert (first["tasks_started"], first["action"], first["excluded"]) == (None, "restarted", ["n2"])
+    assert report_of(run, 1)["suspects"] == ["n2"]
+    second = ended(run, 2, seconds=300)
+    assert (second["cause"], second["nodes"]) == ("done", ["n1", "n3", "n4"])
+    assert report_of(run, 2)["suspects"] == []
+    assert list(on_record(launcher)) == ["n2"]
+
+
+def put_on_record(launcher: Launcher, node: str) -> None:
+    cluster = re.search(
+        r"^ClusterName\s*=\s*(\S+)", launcher.slurm("scontrol", "show", "config"), re.MULTILINE
+    )
+    assert cluster is not None
+    run = launcher.run_root / "ch3_ddp-earlier"
+    run.mkdir(parents=True)
+    found = Outcome("hardware", "…", node, evidence=(f"{node}: gpu.ecc fail: 1",), suspects=(node,))
+    badnodes.note_outcome(runs.Run(run), cluster[1], 1, node, found)
+
+
+def test_a_job_of_sbatch_leaves_a_node_on_record_idle_where_it_has_a_spare_and_says_so_where_it_has_none(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """sbatch itself reads no record of ours, and so gets such nodes."""
+    put_on_record(launcher, "n1")
+    file = tmp_path / "jobs" / "ch3_ddp.sbatch"
+    file.parent.mkdir()
+    file.write_text(launcher("render", "recipe=ch3_ddp", "cluster=box", "tasks_per_node=1").stdout)
+    for nodes, spares, used, says in (
+        (3, 1, ["n2", "n3"], "leaving out n1 until 20"),
+        (2, 0, ["n1", "n2"], "n1 is on record as bad until 20"),
+    ):
+        log, known = tmp_path / f"{nodes}.log", set(runs.all_runs([launcher.run_root]))
+        nodelist = f"--nodelist=n[1-{nodes}]"
+        words = (
+            f"--nodes={nodes}",
+            nodelist,
+            f"--output={log}",
+            "--wait",
+            str(file),
+            f"spares={spares}",
+            *FAST,
+        )
+        launcher.slurm("sbatch", *words)
+        (run,) = set(runs.all_runs([launcher.run_root])) - known
+        record = ended(run)
+        assert (record["cause"], record["nodes"]) == ("done", used), log.read_text()
+        assert says in log.read_text()
+        assert "because n1: gpu.ecc fail: 1" in log.read_text() or "spares=1): n1: gpu.ecc" in log.read_text()
+
+
+def test_the_job_file_of_the_preflight_names_the_bad_node_and_measures_them_all(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    python = interpreter(tmp_path, {"n2": fault("host.shm", tmp_path)})
+    log = tmp_path / "preflight.log"
+    words = ("--nodes=2", f"--output={log}", "--wait", "jobs/preflight.sbatch", "--gpus=0", "--fabric=tcp")
+    done = subprocess.run(
+        ["sbatch", *words], env={**launcher.environment, "LAUNCHER_PYTHON": str(python)}, cwd=REPOSITORY,
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    said = log.read_text()
+    assert done.returncode == 1, said
+    first, _, second = said.partition("preflight: what GPUs and network give")
+    assert first.startswith("preflight: what each node has")
+    assert re.search(r"^n2 +host\.shm +fail ", first, re.MULTILINE), first
+    assert "leave out: sbatch --exclude=n2\n" in first
+    assert "net.pairs: pass: n[1-2]: " in second
+    assert said.endswith("\npreflight: fail (exit status 1; 0 pass, 1 fail, 2 warn, 3 unknown)\n")
+    assert "Exited with exit code" not in said
 
 
 def test_without_a_spare_the_job_goes_back_into_the_queue_without_the_node(

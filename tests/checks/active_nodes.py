@@ -7,6 +7,7 @@ from typing import Any
 
 from checks.baselines import Baseline
 from checks.measured import Job
+from tests.checks.stand_in_ib_write_bw import report
 
 MIB = 1 << 20
 WHAT = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
@@ -21,7 +22,19 @@ def rank() -> dict[str, Any]:
 
 
 def node() -> dict[str, Any]:
-    return {"node": "n1", "gpus": 2, "ranks": [rank(), rank()], "transport": ["NET/IB/GDRDMA", "P2P"]}
+    rails = {f"mlx5_{number}": rail(391.0 + number) for number in range(2)}
+    return {
+        "node": "n1", "gpus": 2, "ranks": [rank(), rank()], "transport": ["NET/IB/GDRDMA", "P2P"], "rails": rails,
+    }  # fmt: skip
+
+
+def rail(sent: float) -> dict[str, Any]:
+    return {
+        "partner": "n2",
+        "rate": 400.0,
+        "sent": {"value": report(sent)},
+        "served": {"value": report(392.0)},
+    }
 
 
 def changed(where: tuple[Any, ...], value: Any) -> dict[str, Any]:
@@ -41,4 +54,4 @@ def baseline(what: str, value: float) -> Baseline:
 BASELINES = tuple(
     baseline(*one) for one in (*((what, 180.0) for what in WHAT), ("copy", 2500.0), ("to device", 50.0))
 )
-JOB = Job(nodes=4, best_burn=700.0, baselines=BASELINES, expects_pairs=True, paired=2)
+JOB = Job(nodes=4, best_burn=700.0, baselines=BASELINES, expects_pairs=True, paired=2, expects_rails=True)

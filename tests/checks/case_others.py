@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from tests.checks.case import FAIL, UNKNOWN, WARN, Case, Fault, environment, limit, log, one
+from checks.evidence import Record
+from tests.checks.case import FAIL, PASS, UNKNOWN, WARN, Case, Fault, environment, limit, log, one
 from tests.checks.nodes import GPUS, problem, value
 
 PORT = "/sys/class/infiniband/mlx5_1/ports/1"
 PCI = "/sys/bus/pci/devices"
 ROOM = {"size": 1 << 40, "free": 1 << 39, "inodes": 1 << 20, "inodes_free": 1 << 19}
+
+
+def rails(names: str) -> dict[str, Record]:
+    """The variable by which a profile says which ports are the job's."""
+    return environment(PASS, "", NCCL_IB_HCA=names).answers  # type: ignore[return-value]
+
 
 OTHERS: dict[str, Case] = {
     "rdma.devices": Case(
@@ -27,6 +34,12 @@ OTHERS: dict[str, Case] = {
                 "disabled",
             ),
             one(f"read {PORT}/state", "ACTIVE\n", UNKNOWN, "ACTIVE"),
+            Fault(
+                {**rails("=mlx5_0"), f"read {PORT}/state": value("1: DOWN\n")},
+                WARN,
+                "NCCL_IB_HCA does not name it",
+            ),
+            Fault({**rails("mlx5_1"), f"read {PORT}/state": value("1: DOWN\n")}, FAIL, "mlx5_1:1 is 1: DOWN"),
         ]
     ),
     "rdma.rate": Case(

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from launcher import box as boxes
+from tests.checks import test_rails
 
 PATIENT = "--active-budget=150"
 """Three rounds in which four nodes load torch on this machine's few cores, whatever else runs there."""
@@ -67,3 +68,19 @@ def test_one_task_of_a_step_conducts_and_the_others_go_home(box: boxes.Box) -> N
     assert out.count("rounds of pairs") == 1, out
     assert "net.pairs: pass: n[1-4]" in out, out
     assert status in (0, 2)
+
+
+def test_a_slow_rail_is_named_with_its_node(box: boxes.Box, tmp_path: Path) -> None:
+    """Every node has two ports, and a stand-in where perftest's ib_write_bw would be."""
+    for name in test_rails.NODES:
+        test_rails.tree(tmp_path, name)
+    test_rails.install(tmp_path)
+    words = ("--fabric=infiniband", f"--root={tmp_path}/{{node}}", PATIENT)
+    path = f"{tmp_path}:{boxes.environment(box)['PATH']}"
+    status, out, _ = checked(box, *words, PATH=path, STAND_IN_FAULTS="n2/mlx5_1 45")
+    assert status == 1, out
+    assert (
+        "rail: n2 (mlx5_1): with n1: n1 to n2 45 Gb/s, n2 to n1 45 Gb/s, expected 360 Gb/s; with " in out
+    ), out
+    assert "leave out: sbatch --exclude=n2\n" in out, out
+    assert "net.pairs: pass: n[1-4]" in out, out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from checks.registry import CHECKS, Check, judge
 from checks.verdict import CheckResult, Verdict
 from tests.checks.case import Case, Fault
 from tests.checks.case_devices import DEVICES
-from tests.checks.case_others import OTHERS
+from tests.checks.case_others import OTHERS, rails
 from tests.checks.nodes import healthy, problem, value, with_answers
 
 CASES = {**DEVICES, **OTHERS}
@@ -133,6 +134,16 @@ def test_a_tool_that_would_show_this_user_nothing_is_not_missed() -> None:
     case = CASES["pcie.acs"]
     records = {**evidence(case), "run lspci -vvv": problem("missing"), "user": value(1000)}
     assert judged("pcie.acs", records, case.expectations()).verdict is Verdict.NOT_PERMITTED
+
+
+def test_other_ports_do_not_stand_in_for_a_rail_that_is_gone() -> None:
+    """A node has ports for storage, as fast as its rails: with one rail less it still has as many active ports."""
+    case = CASES["rdma.port"]
+    wanted = replace(case.expectations(), rails=2)
+    assert judged("rdma.port", evidence(case), wanted).verdict is Verdict.PASS
+    fewer = with_answers(evidence(case), rails("=mlx5_0,mlx5_7"))
+    result = judged("rdma.port", fewer, wanted)
+    assert (result.verdict, result.read) == (Verdict.FAIL, "1 of 2 rails are active")
 
 
 def test_what_only_root_may_read_blocks_where_the_profile_demands_it() -> None:

@@ -121,13 +121,39 @@ def test_reports_whose_pieces_srun_mixed_are_put_together_again() -> None:
 
 def test_the_nodes_are_held_against_what_job_and_profile_say() -> None:
     spec = dataclasses.replace(
-        JOB, fabric="infiniband", sbatch={"exclusive": ""}, checks=Expected("H100", 8, ("pcie.acs",))
+        JOB,
+        fabric="mine",
+        fabric_kind="infiniband",
+        sbatch={"exclusive": ""},
+        checks=Expected("H100", 8, ("pcie.acs",)),
     )
     assert preflight.expectations(spec) == [
         "--gpus=8", "--fabric=infiniband", "--sku=H100", "--rails=8", "--without=pcie.acs",
     ]  # fmt: skip
-    assert preflight.expectations(dataclasses.replace(JOB, fabric="auto")) == ["--gpus=8", "--shared"]
-    assert "--fabric=none" in preflight.expectations(dataclasses.replace(JOB, fabric="loopback"))
+    assert preflight.expectations(dataclasses.replace(JOB, fabric_kind="auto")) == ["--gpus=8", "--shared"]
+    for kind, word in (("loopback", "none"), ("tcpxo", "tcpx"), ("tcpx", "tcpx"), ("efa", "efa")):
+        assert f"--fabric={word}" in preflight.expectations(dataclasses.replace(JOB, fabric_kind=kind))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "fabric", "sku", "rails"),
+    [
+        ("aws-p5", "efa", "H100", 32), ("aws-p5en", "efa", "H200", 16), ("oci-h100", "roce", "H100", 16),
+        ("azure-ndv5", "infiniband", "H100", 8), ("dgx-h100", "infiniband", "H100", 8),
+        ("gcp-a3mega", "tcpx", "H100", None),
+    ],
+)  # fmt: skip
+def test_a_providers_profile_says_what_its_nodes_are(
+    checkout: SampleCheckout, cluster: str, fabric: str, sku: str, rails: int | None
+) -> None:
+    spec = checkout.compose("recipe=ch4_fsdp", f"cluster={cluster}")
+    words = [f"--fabric={fabric}", f"--sku={sku}", *([] if rails is None else [f"--rails={rails}"])]
+    assert spec.preflight == "passive"
+    assert set(words) <= set(preflight.expectations(spec))
+    assert any(word.startswith("--rails") for word in preflight.expectations(spec)) == (rails is not None)
+    # A list of rails in the profile is as long as the number that it promises.
+    if names := spec.environment.get("NCCL_IB_HCA"):
+        assert len(names.split(",")) == rails
 
 
 def test_a_profile_names_checks_that_exist(checkout: SampleCheckout) -> None:
@@ -218,6 +244,22 @@ def test_a_new_job_leaves_out_as_many_as_its_partition_can_do_without() -> None:
     asked = dataclasses.replace(JOB, sbatch={"nodelist": "n[1-2]"})
     chosen = badnodes.choose(asked, found, {"main": ("n1", "n2", "n3", "n4")})
     assert (chosen.nodes, len(chosen.lines)) == ((), 2)
+
+
+def test_a_job_that_got_nodes_on_record_leaves_idle_as_many_as_it_has_spares() -> None:
+    found = [bad("n1", 1.0), bad("n2", 2.0), bad("n9", 3.0)]
+    nodes = ("n1", "n2", "n3", "n4")
+    one = badnodes.in_a_job(found, nodes, 1)
+    assert one.nodes == ("n2",)  # the newest; n9 is not the job's
+    assert (
+        one.lines[0]
+        == f"leaving out n2 until {bad('n2').ends}: a spare takes its place, because n2 is broken"
+    )
+    assert one.lines[1].startswith(f"n1 is on record as bad until {bad('n1').ends}, and the job has no spare")
+    assert "sbatch --exclude=n1, or one node more and spares=1" in one.lines[1]
+    assert badnodes.in_a_job(found, nodes, 2).nodes == ("n2", "n1")
+    assert badnodes.in_a_job(found, nodes, 0).nodes == ()
+    assert badnodes.in_a_job(found[2:], nodes, 3) == badnodes.LeftOut((), ())
 
 
 def test_the_partitions_of_a_job_are_those_it_names_or_the_default() -> None:

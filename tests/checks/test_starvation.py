@@ -1,0 +1,142 @@
+"""What had no CPU to answer is told from what hangs: by the kernel's own books, on real processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from checks import starvation
+from checks.evidence import Live, run_command
+from checks.reading import Unread
+from checks.starvation import Scheduled, described, is_starved, scheduled
+
+SPINS = "import time\nends = time.monotonic() + 20\nwhile time.monotonic() < ends: pass"
+
+
+@contextmanager
+def a_crowded_cpu() -> Iterator[int]:
+    """The number of a CPU on which so many processes compute that one of low priority hardly gets to run."""
+    cpu = min(os.sched_getaffinity(0))
+    words = ["taskset", "--cpu-list", str(cpu), sys.executable, "-c", SPINS]
+    crowd = [subprocess.Popen(words) for _ in range(4)]
+    try:
+        time.sleep(0.3)
+        yield cpu
+    finally:
+        for one in crowd:
+            one.kill()
+            one.wait()
+
+
+def test_a_process_without_a_cpu_is_told_from_one_that_sleeps() -> None:
+    with a_crowded_cpu() as cpu:
+        poor = subprocess.Popen(
+            ["taskset", "--cpu-list", str(cpu), "nice", "-n", "19", sys.executable, "-c", SPINS]
+        )
+        lazy = subprocess.Popen(["sleep", "20"])
+        try:
+            time.sleep(0.3)
+            before = {one.pid: scheduled(one.pid) for one in (poor, lazy)}
+            if before[poor.pid].waited is None:
+                pytest.skip("this kernel keeps no schedstat")
+            time.sleep(1.0)
+            assert is_starved(scheduled(poor.pid))
+            assert not is_starved(scheduled(lazy.pid))
+            waited = re.search(r"state R, (\S+) s of them", described(before[poor.pid], scheduled(poor.pid)))
+            assert waited is not None
+            assert float(waited[1]) > 0.3
+            assert "sleeps (state S)" in described(before[lazy.pid], scheduled(lazy.pid))
+        finally:
+            for one in (poor, lazy):
+                one.kill()
+                one.wait()
+
+
+def test_a_read_that_hangs_says_that_its_reader_sleeps(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with Live(str(tmp_path)) as source:
+        answer = source.read("/fifo")
+    assert isinstance(answer, Unread)
+    # Opening a FIFO that nobody writes to waits in the kernel, interruptibly (fs/pipe.c, fifo_open).
+    assert (
+        "no answer within 1.0 s; the reader sleeps (state S): what it asked does not answer" in answer.detail
+    )
+
+
+def test_a_command_that_hangs_says_so_too() -> None:
+    answer = run_command(["sleep", "20"], 0.3)
+    assert isinstance(answer, Unread)
+    assert "no answer within 0.3 s; it sleeps (state S)" in answer.detail
+
+
+def test_a_reader_without_a_cpu_gets_as_much_time_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The reader is stopped and goes on after its deadline; the books say here that it stood ready meanwhile."""
+    (tmp_path / "file").write_text("here")
+    (tmp_path / "other").write_text("there")
+    books = iter([Scheduled("S", 0.0), Scheduled("R", 0.9)])
+    with Live(str(tmp_path)) as source:
+        assert source.read("/other") == "there"  # a worker is there
+        monkeypatch.setattr(starvation, "scheduled", lambda pid: next(books, Scheduled("R", 5.0)))
+        worker = source._lanes["proc"]._worker  # type: ignore[attr-defined]
+        subprocess.Popen(["sh", "-c", f"kill -STOP {worker.pid}; sleep 1.4; kill -CONT {worker.pid}"])
+        time.sleep(0.2)
+        began = time.monotonic()
+        assert source.read("/file") == "here"
+        assert 1.0 < time.monotonic() - began < 2.0
+        books = iter([Scheduled("S", 0.0)])
+        subprocess.Popen(["sh", "-c", f"kill -STOP {worker.pid}"])
+        time.sleep(0.2)
+        began = time.monotonic()
+        answer = source.read("/file")
+        assert isinstance(answer, Unread)
+        assert (
+            "ready to run (state R, 5.0 s of them without a CPU): this machine is overloaded" in answer.detail
+        )
+        assert time.monotonic() - began < 2.5  # twice its time, and no more
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "starved", "says"),
+    [
+        (Scheduled("S", 1.0), Scheduled("R", 1.6), True, "state R, 0.6 s of them without a CPU"),
+        (Scheduled("S", 1.0), Scheduled("S", 1.6), False, "sleeps"),
+        (Scheduled("S", 1.0), Scheduled("D", 1.0), False, "stuck in the kernel (state D)"),
+        (Scheduled("S"), Scheduled("R"), True, "(state R): this machine is overloaded"),
+        (Scheduled("S"), Scheduled(""), False, ""),
+        (Scheduled("S"), Scheduled("Z", 3.0), False, ""),
+    ],
+)
+def test_the_books_decide(before: Scheduled, after: Scheduled, starved: bool, says: str) -> None:
+    assert is_starved(after) is starved
+    assert says in described(before, after)
+
+
+@pytest.mark.parametrize(
+    ("stat", "schedstat", "known"),
+    [
+        ("7 (a) b (c) D 1 2", "10 2500000000 3", Scheduled("D", 2.5)),
+        ("7 (python) R 1 2", None, Scheduled("R")),
+        ("7 (python) R 1 2", "0 0", Scheduled("R")),
+        ("7 (python) R 1 2", "x y z", Scheduled("R")),
+        ("", "10 20 30", Scheduled("", 2e-8)),
+        (None, None, Scheduled("")),
+    ],
+)
+def test_what_proc_says_is_read_whatever_it_says(
+    tmp_path: Path, stat: str | None, schedstat: str | None, known: Scheduled
+) -> None:
+    (tmp_path / "7").mkdir()
+    for name, text in (("stat", stat), ("schedstat", schedstat)):
+        if text is not None:
+            (tmp_path / "7" / name).write_text(text)
+    assert scheduled(7, tmp_path) == known
