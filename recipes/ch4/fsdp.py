@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -31,13 +30,17 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor, Shard
 
 from recipes.ch4.fsdp_args import FsdpArgs
-from recipes.lib.arguments import ArgumentError, parse_or_exit
-from recipes.lib.distributed import World, joined
+from recipes.lib.arguments import parse_or_exit
+from recipes.lib.context_parallel import Context, split_sequences
+from recipes.lib.distributed import World, joined, sum_over_ranks
+from recipes.lib.grid import Grid
 from recipes.lib.model import Transformer
 from recipes.lib.optimizer import build_optimizer
 from recipes.lib.parallelism import Precision, checkpoint_activations, compile_blocks
+from recipes.lib.tensor_parallel import split_layers
 from recipes.lib.training import Microbatch, Plan, initialize, make_plan, recipe_main, train
 
 
@@ -48,9 +51,10 @@ class Sharded:
     model: Transformer
     optimizer: torch.optim.Optimizer
     defer_reduction: bool
+    context: Context | None
 
     @classmethod
-    def build(cls, plan: Plan, args: FsdpArgs) -> Sharded:
+    def build(cls, plan: Plan, args: FsdpArgs, grid: Grid) -> Sharded:
         """The sharded model with its initial weights, and its optimizer."""
         if args.param_dtype == "bfloat16":
             plan = dataclasses.replace(
@@ -58,15 +62,18 @@ class Sharded:
             )
         with torch.device("meta"):  # shapes only: no rank could hold a large model whole
             model = Transformer(plan.size)
+        context = split_sequences(model, grid.context) if grid.context is not None else None
+        if grid.tensor is not None:
+            split_layers(model, grid.tensor)
         checkpoint_activations(model, args.activation_checkpointing)
         if args.compile:
             compile_blocks(model)
         model.to(plan.precision.master)
-        shard(model, make_mesh(plan.world, args), plan.precision, args)
+        shard(model, grid, plan.precision, args)
         # Memory only now, for this rank's slices.
         initialize(model, plan, storage="cpu" if args.cpu_offload else None)
         # The optimizer comes last: it must see the slices, not the parameters that they replaced.
-        return cls(model, build_optimizer(model, args), args.defer_reduction)
+        return cls(model, build_optimizer(model, args), args.defer_reduction, context)
 
     def accumulate_gradients(self, microbatches: Sequence[Microbatch], token_count: Tensor) -> Tensor:
         """Forward and backward of each microbatch; the hooks gather, reduce and free."""
@@ -80,27 +87,28 @@ class Sharded:
             # hybrid_shard sums over the groups once a step in either case: slices are small enough to wait.
             self.model.set_requires_all_reduce(last)
             self.model.set_is_last_backward(last)
-            loss = self.model(tokens_BS, targets_BS)
+            part = (tokens_BS, targets_BS)
+            loss = self.model(*(part if self.context is None else self.context.part(*part)))
             (loss / token_count).backward()
             total = total + loss.detach()
-        return total
+        return total if self.context is None else sum_over_ranks(total, self.context.group)
 
 
-def make_mesh(world: World, args: FsdpArgs) -> DeviceMesh:
-    """All ranks in one row; for hybrid_shard in a grid of copies times slices, the slices within a node.
+def make_grid(world: World, args: FsdpArgs) -> Grid:
+    """How the ranks share the work. Raises ArgumentError where they cannot be divided as the arguments say."""
+    args.check_ranks(world.size, world.local_size)
+    copies = None
+    if args.strategy == "hybrid_shard":
+        copies = world.size // (args.shard_size or world.local_size)
+    return Grid.of(
+        world,
+        copies=copies,
+        context_parallel=args.context_parallel,
+        tensor_parallel=args.tensor_parallel,
+    )
 
-    Raises ArgumentError for a shard_size that does not divide the ranks.
-    """
-    if args.strategy != "hybrid_shard":
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    slices = args.shard_size or world.local_size
-    if world.size % slices:
-        raise ArgumentError("shard_size", slices, f"wants a divisor of {world.size}, the number of ranks")
-    grid = (world.size // slices, slices)
-    return init_device_mesh(world.device.type, grid, mesh_dim_names=("replicate", "shard"))
 
-
-def shard(model: Transformer, mesh: DeviceMesh, precision: Precision, args: FsdpArgs) -> None:
+def shard(model: Transformer, grid: Grid, precision: Precision, args: FsdpArgs) -> None:
     """Split the model's parameters over `mesh`, one group of collectives per layer."""
     exact = torch.promote_types(precision.master, torch.float32)
     rounding = MixedPrecisionPolicy(
@@ -110,12 +118,18 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: Precision, args: Fsdp
         cast_forward_inputs=False,
     )
     # Pinned memory is for copies to a GPU, and cannot be had without one.
+    mesh = grid.sharding
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if args.cpu_offload else OffloadPolicy()
     free_after_forward = args.strategy != "shard_grad_op"
 
     def split(*modules: torch.nn.Module, free: bool) -> None:
         fully_shard(
-            list(modules), mesh=mesh, reshard_after_forward=free, mp_policy=rounding, offload_policy=offload
+            list(modules),
+            mesh=mesh,
+            reshard_after_forward=free,
+            shard_placement_fn=sliced_dimension,
+            mp_policy=rounding,
+            offload_policy=offload,
         )
 
     for layer in model.layers:
@@ -136,13 +150,23 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: Precision, args: Fsdp
             module.set_force_sum_reduction_for_comms(True)
 
 
+def sliced_dimension(parameter: torch.nn.Parameter) -> Shard:
+    """FSDP slices the rows, or the columns of a matrix whose rows tensor parallelism has split already.
+
+    The rows once more would interleave the slices, and such checkpoints do not load into every other layout.
+    """
+    split = parameter.placements if isinstance(parameter, DTensor) else ()
+    return Shard(1) if Shard(0) in split else Shard(0)
+
+
 @recipe_main
 def main() -> None:
     """Train with a slice of the model on every rank."""
     args = parse_or_exit(FsdpArgs)
     with joined(args.device) as world:
-        plan = make_plan("ch4_fsdp", args, world)
-        train(plan, Sharded.build(plan, args))
+        grid = make_grid(world, args)
+        plan = make_plan("ch4_fsdp", args, world, grid.layout)
+        train(plan, Sharded.build(plan, args, grid))
 
 
 if __name__ == "__main__":

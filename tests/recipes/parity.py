@@ -31,7 +31,7 @@ from recipes.ch1.baseline import Baseline
 from recipes.ch1.baseline_args import BaselineArgs
 from recipes.ch3.ddp import Replicated
 from recipes.ch3.ddp_args import DdpArgs
-from recipes.ch4.fsdp import Sharded
+from recipes.ch4.fsdp import Sharded, make_grid
 from recipes.ch4.fsdp_args import FsdpArgs
 from recipes.lib import checkpoint, manifest, saving
 from recipes.lib.arguments import TrainArgs
@@ -87,7 +87,11 @@ class Kind:
 TECHNIQUES = {
     "baseline": Kind(BaselineArgs, lambda plan, args: Baseline.build(plan)),
     "ddp": Kind(DdpArgs, Replicated.build),
-    "fsdp": Kind(FsdpArgs, Sharded.build),
+    "fsdp": Kind(
+        FsdpArgs,
+        lambda plan, args: Sharded.build(plan, args, make_grid(plan.world, args)),
+        lambda world, args: make_grid(world, args).layout,
+    ),
 }
 
 
