@@ -36,9 +36,11 @@ from recipes.ch4.fsdp_args import FsdpArgs
 from recipes.lib.arguments import parse_or_exit
 from recipes.lib.context_parallel import Context, split_sequences
 from recipes.lib.distributed import World, joined, sum_over_ranks
+from recipes.lib.file_optimizer import FileAdamW
+from recipes.lib.float8 import check_float8, use_float8
 from recipes.lib.grid import Grid
 from recipes.lib.model import Transformer
-from recipes.lib.optimizer import build_optimizer
+from recipes.lib.optimizer import BETAS, build_optimizer, parameter_groups
 from recipes.lib.parallelism import Precision, checkpoint_activations, compile_blocks
 from recipes.lib.tensor_parallel import split_layers
 from recipes.lib.training import Microbatch, Plan, initialize, make_plan, recipe_main, train
@@ -62,10 +64,13 @@ class Sharded:
             )
         with torch.device("meta"):  # shapes only: no rank could hold a large model whole
             model = Transformer(plan.size)
+            if args.float8 != "none":
+                check_float8(args.float8, plan.precision.compute, plan.world.device)
+                use_float8(model, args.float8)
         context = split_sequences(model, grid.context) if grid.context is not None else None
         if grid.tensor is not None:
             split_layers(model, grid.tensor)
-        checkpoint_activations(model, args.activation_checkpointing)
+        checkpoint_activations(model, args.activation_checkpointing, args.kept)
         if args.compile:
             compile_blocks(model)
         model.to(plan.precision.master)
@@ -73,7 +78,13 @@ class Sharded:
         # Memory only now, for this rank's slices.
         initialize(model, plan, storage="cpu" if args.cpu_offload else None)
         # The optimizer comes last: it must see the slices, not the parameters that they replaced.
-        return cls(model, build_optimizer(model, args), args.defer_reduction, context)
+        optimizer: torch.optim.Optimizer
+        if args.optimizer_folder:
+            folder, groups = args.optimizer_folder, parameter_groups(model, args)
+            optimizer = FileAdamW(groups, lr=args.peak_lr, betas=BETAS, folder=folder, world=plan.world)
+        else:
+            optimizer = build_optimizer(model, args)
+        return cls(model, optimizer, args.defer_reduction, context)
 
     def accumulate_gradients(self, microbatches: Sequence[Microbatch], token_count: Tensor) -> Tensor:
         """Forward and backward of each microbatch; the hooks gather, reduce and free."""
@@ -142,6 +153,10 @@ def shard(model: Transformer, grid: Grid, precision: Precision, args: FsdpArgs) 
         split(model.norm, model.lm_head, free=False)
     split(model, free=False)  # what is left: nothing, or the tied table and the norm
 
+    for number, layer in enumerate(model.layers if args.prefetch else ()):
+        # In the order in which they will be needed. Each costs the memory of one more whole layer.
+        layer.set_modules_to_forward_prefetch(list(model.layers[number + 1 :][: args.prefetch]))
+        layer.set_modules_to_backward_prefetch(list(model.layers[:number])[::-1][: args.prefetch])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # A sum, not FSDP's mean over ranks: each rank's loss is a part of the global mean already.

@@ -34,7 +34,25 @@ class FsdpArgs(TrainArgs):
         "of gradients while ranks sum them: auto is float32; bfloat16 halves the traffic",
         ("auto", "bfloat16"),
     )
+    prefetch: int = argument(
+        0,
+        "layers that are gathered ahead of the one that computes; 0 leaves it to FSDP, about one",
+        minimum=0,
+    )
+    kept: list[str] = argument(
+        ["matmul", "attention"],
+        "activation_checkpointing=selective: operations whose results are kept, not computed again",
+        ("matmul", "attention", "collectives"),
+    )
+    float8: str = argument(
+        "none",
+        "scaling of float8 numbers in the layers' matrix products: by row, or one for a whole tensor",
+        ("none", "rowwise", "tensorwise"),
+    )
     cpu_offload: bool = argument(False, "keep parameters and moments in host memory, and update them there")
+    optimizer_folder: str = argument(
+        "", "folder on each node's own disk (NVMe) for the optimizer's moments; empty: beside the parameters"
+    )
     defer_reduction: bool = argument(
         False, "with microbatches, reduce gradients once per step: less traffic, whole gradients in memory"
     )
@@ -44,6 +62,15 @@ class FsdpArgs(TrainArgs):
         super().__post_init__()
         if self.shard_size and self.strategy != "hybrid_shard":
             raise ArgumentError("shard_size", self.shard_size, "wants strategy=hybrid_shard")
+        if self.kept != ["matmul", "attention"] and self.activation_checkpointing != "selective":
+            raise ArgumentError("kept", ",".join(self.kept), "wants activation_checkpointing=selective")
+        if self.float8 != "none" and self.tensor_parallel > 1:
+            raise ArgumentError(
+                "float8", self.float8, "wants tensor_parallel=1: its products are of whole matrices"
+            )
+        if self.float8 != "none" and self.sequence_length % 16:
+            problem = f"wants sequence_length in multiples of 16, not {self.sequence_length}"
+            raise ArgumentError("float8", self.float8, problem)
         size, tensor, context = SIZES[self.model], self.tensor_parallel, self.context_parallel
         for what, number in (
             ("heads", size.heads),
@@ -60,7 +87,8 @@ class FsdpArgs(TrainArgs):
             raise ArgumentError("context_parallel", context, problem)
         if self.sequence_length % (tensor * context):
             key = "context_parallel" if self.sequence_length % context else "tensor_parallel"
-            problem = f"{tensor * context} ranks share a sequence, and do not divide sequence_length={self.sequence_length}"
+            length = f"sequence_length={self.sequence_length}"
+            problem = f"{tensor * context} ranks share a sequence, and do not divide {length}"
             raise ArgumentError(key, getattr(self, key), problem)
 
     def check_ranks(self, ranks: int, ranks_per_node: int) -> None:
@@ -83,5 +111,6 @@ class FsdpArgs(TrainArgs):
         width = SIZES[self.model].width
         if tensor > 1 and width % slices:
             # FSDP slices the columns of what tensor parallelism has split by rows, and those only evenly.
-            problem = f"leaves {slices} ranks to slice the width {width} of model={self.model}, which they do not divide"
+            which = f"the width {width} of model={self.model}"
+            problem = f"leaves {slices} ranks to slice {which}, which they do not divide"
             raise ArgumentError("tensor_parallel", tensor, problem)
