@@ -102,6 +102,8 @@ def main() -> None:
                     results.note(kind="does_not_fit", strategy=name, reason=problem)
                     results.show(f"{name}: {problem}")
                     continue
+                if not found:
+                    warm_up(name, plan, args)
                 found.append(measure_strategy(name, plan, args))
                 speed = f"{name}: {found[-1].tokens_per_second:,.0f} tokens/s"
                 results.add(speed, **dataclasses.asdict(found[-1]))
@@ -139,6 +141,12 @@ def measure_strategy(name: str, plan: Plan, args: CompareArgs) -> Measured:
         losses=[loss for loss, _ in results],
         grad_norms=[norm for _, norm in results],
     )
+
+
+def warm_up(name: str, plan: Plan, args: CompareArgs) -> None:
+    """One step that nobody measures: the first of a process loads libraries, whose memory is no strategy's."""
+    technique = STRATEGIES[name](plan, args)
+    optimizer_step(plan, technique, 1, OwnTime(technique.model, plan.world.device))
 
 
 def copy_ranks(args: CompareArgs, world: World) -> int:

@@ -98,7 +98,7 @@ class FsdpArgs(TrainArgs):
         shown = f"tensor_parallel={tensor} times context_parallel={context}"
         if ranks % together:
             key = "context_parallel" if tensor == 1 else "tensor_parallel"
-            problem = f"{shown} ranks train on the same sequences, and do not divide {ranks} ranks"
+            problem = f"{together} ranks share each sequence ({shown}), and do not divide {ranks} ranks"
             raise ArgumentError(key, getattr(self, key), problem)
         slices = ranks // tensor
         if self.strategy == "hybrid_shard":

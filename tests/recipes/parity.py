@@ -156,9 +156,9 @@ def launch(folder: Path, world_size: int, cases: Sequence[Case]) -> dict[str, Ou
         for rank in range(world_size)
     ]
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            assert time.monotonic() < deadline, "the ranks are not done after 240 s"
+            assert time.monotonic() < deadline, "the ranks are not done after 480 s"
             time.sleep(0.05)
     finally:
         for rank in ranks:

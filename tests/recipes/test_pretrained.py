@@ -161,8 +161,9 @@ def test_each_rank_loads_its_own_shards(folder: Path) -> None:
     root = Path(__file__).parents[2]
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     command = [sys.executable, "-m", "tests.recipes.pretrained_worker", str(folder)]
-    processes = [subprocess.Popen(command, cwd=root, env={**common, "RANK": str(rank)}) for rank in range(2)]
+    processes = [subprocess.Popen(command, cwd=root, env={**common, **rank}) for rank in ranks]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
 
 
