@@ -55,6 +55,15 @@ class Measured:
         """Of all ranks, in the median step."""
         return self.tokens_per_step / statistics.median(self.seconds)
 
+    def figures(self) -> dict[str, object]:
+        """For a line of results."""
+        steps = self.seconds
+        times = {"seconds": statistics.median(steps), "seconds_min": min(steps), "seconds_max": max(steps)}
+        return {
+            **dataclasses.asdict(self), "step_seconds": steps, **times, "trials": len(steps),
+            "tokens_per_second": self.tokens_per_second,
+        }  # fmt: skip
+
     def difference(self, other: Measured) -> tuple[float, float]:
         """Largest relative difference of any step's loss, and of its gradient norm."""
         return _largest(self.losses, other.losses), _largest(self.grad_norms, other.grad_norms)
@@ -106,7 +115,7 @@ def main() -> None:
                     warm_up(name, plan, args)
                 found.append(measure_strategy(name, plan, args))
                 speed = f"{name}: {found[-1].tokens_per_second:,.0f} tokens/s"
-                results.add(speed, **dataclasses.asdict(found[-1]))
+                results.add(speed, **found[-1].figures())
             if world.is_first and found:
                 show(found, plan, results)
 

@@ -1,6 +1,7 @@
 r"""Fully sharded data parallelism (FSDP2): parameters, gradients and moments are split over the ranks.
 
     torchrun --nproc-per-node 2 -m recipes.ch4.fsdp steps=20
+    torchrun --nproc-per-node 4 -m recipes.ch4.fsdp tensor_parallel=2 context_parallel=2 steps=20
 
 Each rank keeps a slice of every parameter. A layer is gathered just before it computes and freed after; its
 gradients are summed and sliced in one collective (reduce-scatter). Llama-3-8B needs 16 bytes per parameter
@@ -120,7 +121,7 @@ def make_grid(world: World, args: FsdpArgs) -> Grid:
 
 
 def shard(model: Transformer, grid: Grid, precision: Precision, args: FsdpArgs) -> None:
-    """Split the model's parameters over `mesh`, one group of collectives per layer."""
+    """Slice the model's parameters over the grid's ranks, one group of collectives per layer."""
     exact = torch.promote_types(precision.master, torch.float32)
     rounding = MixedPrecisionPolicy(
         param_dtype=precision.compute,

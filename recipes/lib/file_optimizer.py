@@ -27,7 +27,7 @@ _ALIGNED = 1024
 """Numbers: each tensor begins on a page of its own."""
 
 
-class FileAdamW(torch.optim.Optimizer):
+class FileAdamW(torch.optim.AdamW):
     """AdamW over `groups`; both moments of every parameter in one file that `folder` never shows."""
 
     def __init__(
@@ -38,11 +38,11 @@ class FileAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         folder: str,
         world: World,
-        epsilon: float = 1e-8,
         chunk: int = CHUNK,
     ) -> None:
         """All ranks call this together. Raises ArgumentError where any rank's disk has no room, on all of them."""
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": epsilon, "weight_decay": 0.0})
+        # As torch's own, so that a checkpoint of the one has every option of the other.
+        super().__init__(groups, lr=lr, betas=betas, fused=True)
         self._chunk = chunk
         parameters = [p for group in self.param_groups for p in group["params"]]
         sizes = [_local(p).numel() for p in parameters]
@@ -71,10 +71,12 @@ class FileAdamW(torch.optim.Optimizer):
 
         Rates and decay are this run's own, not the saved ones.
         """
+        # Numbers or names, as whoever saved it has called them: the order counts.
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
-        for number, saved in state_dict["state"].items():
-            mine = self.state[parameters[number]]
-            for name, value in saved.items():
+        for saved_as, parameter in zip(names, parameters, strict=True):
+            mine = self.state[parameter]
+            for name, value in state_dict["state"][saved_as].items():
                 if value is not mine[name]:
                     mine[name].copy_(value)
 

@@ -41,6 +41,9 @@ class Grid:
         mesh = init_device_mesh(kind, tuple(dimensions.values()), mesh_dim_names=tuple(dimensions))
         sharding = mesh["replicate", "shard"] if copies is not None else mesh["shard"]
         tensor = mesh["tensor"] if tensor_parallel > 1 else None
+        if tensor is not None:
+            # For sums over both: with a group of its own that is one collective, without it two, and a warning.
+            mesh["shard", "tensor"]._flatten("shard_tensor")
         together = context_parallel * tensor_parallel
         if together == 1:
             return cls(sharding, tensor, None, Layout.each_its_own(world))

@@ -10,7 +10,7 @@ computed without ever gathering logits (`fused_loss.VocabularyPart`).
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -57,3 +57,10 @@ def split_layers(model: Transformer, mesh: DeviceMesh) -> None:
     if model.lm_head.weight is not None:
         model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight, mesh, [Shard(0)]))
     parallelize_module(model, mesh, plan)
+    # The reduce-scatter's result is a tensor that waits when it is first used. As the input of a compiled layer it is
+    # taken apart, and the gradient passes by what made it (torch 2.13: wrong norms, no error). A copy is a plain tensor.
+    model.embed_tokens.register_forward_hook(_plain)
+
+
+def _plain(module: nn.Module, given: object, output: Tensor) -> Tensor:
+    return output.clone()

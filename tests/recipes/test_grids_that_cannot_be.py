@@ -36,14 +36,14 @@ RANKS = {
         "tensor_parallel=2",
         3,
         3,
-    ): "tensor_parallel=2: tensor_parallel=2 times context_parallel=1 ranks train on the same "
-    "sequences, and do not divide 3 ranks",
+    ): "tensor_parallel=2: 2 ranks share each sequence (tensor_parallel=2 times context_parallel=1), and do "
+    "not divide 3 ranks",
     (
         "context_parallel=2",
         5,
         1,
-    ): "context_parallel=2: tensor_parallel=1 times context_parallel=2 ranks train on the "
-    "same sequences, and do not divide 5 ranks",
+    ): "context_parallel=2: 2 ranks share each sequence (tensor_parallel=1 times context_parallel=2), and do "
+    "not divide 5 ranks",
     ("strategy=hybrid_shard shard_size=3", 4, 2): "shard_size=3: wants a divisor of 4, the number of ranks",
     (
         "strategy=hybrid_shard shard_size=2 tensor_parallel=2 context_parallel=2",

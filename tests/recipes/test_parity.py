@@ -100,6 +100,8 @@ def grid_cases() -> list[Case]:
             "activation_checkpointing": "selective",
             "kept": ["attention", "collectives"],
         },
+        "tensor2-compiled": {"tensor_parallel": 2, "compile": True},
+        "context2-compiled": {"context_parallel": 2, "compile": True},
         "context2-on-disk": {"context_parallel": 2, "optimizer_folder": tempfile.gettempdir()},
     }
     cases = []
