@@ -57,8 +57,8 @@ def split_layers(model: Transformer, mesh: DeviceMesh) -> None:
     if model.lm_head.weight is not None:
         model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight, mesh, [Shard(0)]))
     parallelize_module(model, mesh, plan)
-    # The reduce-scatter's result is a tensor that waits when it is first used. As the input of a compiled layer it is
-    # taken apart, and the gradient passes by what made it (torch 2.13: wrong norms, no error). A copy is a plain tensor.
+    # The reduce-scatter's result is a tensor that waits when it is first used. As the input of a compiled layer it
+    # is taken apart, and the gradient passes by what made it (torch 2.13: wrong, no error). A copy is a plain tensor.
     model.embed_tokens.register_forward_hook(_plain)
 
 

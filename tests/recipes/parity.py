@@ -252,7 +252,7 @@ def main() -> None:
     """One rank."""
     folder, words = Path(sys.argv[1]), Path(sys.argv[2])
     cases = [Case(**fields) for fields in json.loads(words.read_text())]
-    # What is compiled is traced and differentiated as ever, but run without generated code, which takes a minute to make.
+    # What is compiled is traced and differentiated as ever, but runs without the code that takes a minute to generate.
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     with joined("cpu") as world:
         outcomes = run_cases(folder, cases, world)
