@@ -24,6 +24,9 @@ from tests.recipes.test_pretrained import CONFIG
 
 def main(folder: str) -> None:
     wanted = load_file(f"{folder}/model.safetensors")
+    # Every row of the vocabulary is a target once: those of the first rank and those of the second.
+    tokens, targets = torch.arange(36)[None], torch.arange(1, 37)[None]
+    computed = []
     with joined("cpu") as world:
         for args in (FsdpArgs(), FsdpArgs(tensor_parallel=2)):
             with torch.device("meta"):
@@ -37,6 +40,14 @@ def main(folder: str) -> None:
             for name, parameter in model.named_parameters():
                 assert isinstance(parameter, DTensor)
                 assert torch.equal(parameter.full_tensor(), wanted[to_hugging_face(name)]), name
+            loss = model(tokens, targets)
+            loss.backward()
+            # Ranks that slice whole layers have both trained on the sequence; those that split layers did it together.
+            times = 2 / args.tensor_parallel
+            gradients = [parameter.grad.full_tensor() / times for parameter in model.parameters()]
+            computed.append([loss, *gradients])
+        for whole, split in zip(*computed, strict=True):
+            assert torch.allclose(whole, split, rtol=1e-4, atol=1e-5), (whole, split)
 
 
 if __name__ == "__main__":

@@ -153,8 +153,8 @@ def test_loading_trains_on_afterwards(folder: Path) -> None:
     assert all(p.requires_grad and p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def test_each_rank_loads_its_own_shards(folder: Path) -> None:
-    """On two ranks that do not divide the vocabulary of 37."""
+def test_each_rank_loads_its_own_part(folder: Path) -> None:
+    """On two ranks that do not divide the vocabulary of 37, sliced and split; and both compute the same."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
