@@ -180,6 +180,7 @@ def _compose_point(chosen: _Chosen, point: Sequence[Override]) -> Composed:
         on_cpu=args.get("device") == "cpu",
     )
     _check_world_size(shape, chosen, typed)
+    _check_ranks(shape, chosen, args)
     _check_spares(merged.get("spares") or 0, shape, profile)
     if args.get("device") == "cuda" and shape.gpus_per_node == 0:
         raise UserError(
@@ -239,6 +240,16 @@ def _check_world_size(shape: Shape, chosen: _Chosen, typed: Mapping[str, Any]) -
         f"{culprit}{recipe.name} is for {recipe.max_world_size} "
         f"rank{'s'[: recipe.max_world_size > 1]} at most, not {ranks}{hint}"
     )
+
+
+def _check_ranks(shape: Shape, chosen: _Chosen, args: Mapping[str, Any]) -> None:
+    """Ask the recipe whether so many ranks can be divided as its arguments say, where it has an opinion."""
+    arguments = chosen.arguments(**args)
+    if hasattr(arguments, "check_ranks"):
+        try:
+            arguments.check_ranks(shape.nodes * shape.tasks_per_node, shape.tasks_per_node)
+        except ArgumentError as error:
+            raise UserError(f"args.{error}") from None
 
 
 def _spec(chosen: _Chosen, args: Mapping[str, Any], merged: Mapping[str, Any], shape: Shape) -> JobSpec:

@@ -1,6 +1,7 @@
 r"""Fully sharded data parallelism (FSDP2): parameters, gradients and moments are split over the ranks.
 
     torchrun --nproc-per-node 2 -m recipes.ch4.fsdp steps=20
+    torchrun --nproc-per-node 4 -m recipes.ch4.fsdp tensor_parallel=2 context_parallel=2 steps=20
 
 Each rank keeps a slice of every parameter. A layer is gathered just before it computes and freed after; its
 gradients are summed and sliced in one collective (reduce-scatter). Llama-3-8B needs 16 bytes per parameter
@@ -23,7 +24,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -31,13 +31,19 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor, Shard
 
 from recipes.ch4.fsdp_args import FsdpArgs
-from recipes.lib.arguments import ArgumentError, parse_or_exit
-from recipes.lib.distributed import World, joined
+from recipes.lib.arguments import parse_or_exit
+from recipes.lib.context_parallel import Context, split_sequences
+from recipes.lib.distributed import World, joined, sum_over_ranks
+from recipes.lib.file_optimizer import FileAdamW
+from recipes.lib.float8 import check_float8, use_float8
+from recipes.lib.grid import Grid
 from recipes.lib.model import Transformer
-from recipes.lib.optimizer import build_optimizer
+from recipes.lib.optimizer import BETAS, build_optimizer, parameter_groups
 from recipes.lib.parallelism import Precision, checkpoint_activations, compile_blocks
+from recipes.lib.tensor_parallel import split_layers
 from recipes.lib.training import Microbatch, Plan, initialize, make_plan, recipe_main, train
 
 
@@ -48,9 +54,10 @@ class Sharded:
     model: Transformer
     optimizer: torch.optim.Optimizer
     defer_reduction: bool
+    context: Context | None
 
     @classmethod
-    def build(cls, plan: Plan, args: FsdpArgs) -> Sharded:
+    def build(cls, plan: Plan, args: FsdpArgs, grid: Grid) -> Sharded:
         """The sharded model with its initial weights, and its optimizer."""
         if args.param_dtype == "bfloat16":
             plan = dataclasses.replace(
@@ -58,15 +65,27 @@ class Sharded:
             )
         with torch.device("meta"):  # shapes only: no rank could hold a large model whole
             model = Transformer(plan.size)
-        checkpoint_activations(model, args.activation_checkpointing)
+            if args.float8 != "none":
+                check_float8(args.float8, plan.precision.compute, plan.world.device)
+                use_float8(model, args.float8)
+        context = split_sequences(model, grid.context) if grid.context is not None else None
+        if grid.tensor is not None:
+            split_layers(model, grid.tensor)
+        checkpoint_activations(model, args.activation_checkpointing, args.kept)
         if args.compile:
             compile_blocks(model)
         model.to(plan.precision.master)
-        shard(model, make_mesh(plan.world, args), plan.precision, args)
+        shard(model, grid, plan.precision, args)
         # Memory only now, for this rank's slices.
         initialize(model, plan, storage="cpu" if args.cpu_offload else None)
         # The optimizer comes last: it must see the slices, not the parameters that they replaced.
-        return cls(model, build_optimizer(model, args), args.defer_reduction)
+        optimizer: torch.optim.Optimizer
+        if args.optimizer_folder:
+            folder, groups = args.optimizer_folder, parameter_groups(model, args)
+            optimizer = FileAdamW(groups, lr=args.peak_lr, betas=BETAS, folder=folder, world=plan.world)
+        else:
+            optimizer = build_optimizer(model, args)
+        return cls(model, optimizer, args.defer_reduction, context)
 
     def accumulate_gradients(self, microbatches: Sequence[Microbatch], token_count: Tensor) -> Tensor:
         """Forward and backward of each microbatch; the hooks gather, reduce and free."""
@@ -80,28 +99,29 @@ class Sharded:
             # hybrid_shard sums over the groups once a step in either case: slices are small enough to wait.
             self.model.set_requires_all_reduce(last)
             self.model.set_is_last_backward(last)
-            loss = self.model(tokens_BS, targets_BS)
+            part = (tokens_BS, targets_BS)
+            loss = self.model(*(part if self.context is None else self.context.part(*part)))
             (loss / token_count).backward()
             total = total + loss.detach()
-        return total
+        return total if self.context is None else sum_over_ranks(total, self.context.group)
 
 
-def make_mesh(world: World, args: FsdpArgs) -> DeviceMesh:
-    """All ranks in one row; for hybrid_shard in a grid of copies times slices, the slices within a node.
+def make_grid(world: World, args: FsdpArgs) -> Grid:
+    """How the ranks share the work. Raises ArgumentError where they cannot be divided as the arguments say."""
+    args.check_ranks(world.size, world.local_size)
+    copies = None
+    if args.strategy == "hybrid_shard":
+        copies = world.size // (args.shard_size or world.local_size)
+    return Grid.of(
+        world,
+        copies=copies,
+        context_parallel=args.context_parallel,
+        tensor_parallel=args.tensor_parallel,
+    )
 
-    Raises ArgumentError for a shard_size that does not divide the ranks.
-    """
-    if args.strategy != "hybrid_shard":
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    slices = args.shard_size or world.local_size
-    if world.size % slices:
-        raise ArgumentError("shard_size", slices, f"wants a divisor of {world.size}, the number of ranks")
-    grid = (world.size // slices, slices)
-    return init_device_mesh(world.device.type, grid, mesh_dim_names=("replicate", "shard"))
 
-
-def shard(model: Transformer, mesh: DeviceMesh, precision: Precision, args: FsdpArgs) -> None:
-    """Split the model's parameters over `mesh`, one group of collectives per layer."""
+def shard(model: Transformer, grid: Grid, precision: Precision, args: FsdpArgs) -> None:
+    """Slice the model's parameters over the grid's ranks, one group of collectives per layer."""
     exact = torch.promote_types(precision.master, torch.float32)
     rounding = MixedPrecisionPolicy(
         param_dtype=precision.compute,
@@ -110,12 +130,18 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: Precision, args: Fsdp
         cast_forward_inputs=False,
     )
     # Pinned memory is for copies to a GPU, and cannot be had without one.
+    mesh = grid.sharding
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if args.cpu_offload else OffloadPolicy()
     free_after_forward = args.strategy != "shard_grad_op"
 
     def split(*modules: torch.nn.Module, free: bool) -> None:
         fully_shard(
-            list(modules), mesh=mesh, reshard_after_forward=free, mp_policy=rounding, offload_policy=offload
+            list(modules),
+            mesh=mesh,
+            reshard_after_forward=free,
+            shard_placement_fn=sliced_dimension,
+            mp_policy=rounding,
+            offload_policy=offload,
         )
 
     for layer in model.layers:
@@ -128,6 +154,10 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: Precision, args: Fsdp
         split(model.norm, model.lm_head, free=False)
     split(model, free=False)  # what is left: nothing, or the tied table and the norm
 
+    for number, layer in enumerate(model.layers if args.prefetch else ()):
+        # In the order in which they will be needed. Each costs the memory of one more whole layer.
+        layer.set_modules_to_forward_prefetch(list(model.layers[number + 1 :][: args.prefetch]))
+        layer.set_modules_to_backward_prefetch(list(model.layers[:number])[::-1][: args.prefetch])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # A sum, not FSDP's mean over ranks: each rank's loss is a part of the global mean already.
@@ -136,13 +166,23 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: Precision, args: Fsdp
             module.set_force_sum_reduction_for_comms(True)
 
 
+def sliced_dimension(parameter: torch.nn.Parameter) -> Shard:
+    """FSDP slices the rows, or the columns of a matrix whose rows tensor parallelism has split already.
+
+    The rows once more would interleave the slices, and such checkpoints do not load into every other layout.
+    """
+    split = parameter.placements if isinstance(parameter, DTensor) else ()
+    return Shard(1) if Shard(0) in split else Shard(0)
+
+
 @recipe_main
 def main() -> None:
     """Train with a slice of the model on every rank."""
     args = parse_or_exit(FsdpArgs)
     with joined(args.device) as world:
-        plan = make_plan("ch4_fsdp", args, world)
-        train(plan, Sharded.build(plan, args))
+        grid = make_grid(world, args)
+        plan = make_plan("ch4_fsdp", args, world, grid.layout)
+        train(plan, Sharded.build(plan, args, grid))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from recipes.lib.arguments import ArgumentError, TrainArgs, argument
+from recipes.lib.model_sizes import SIZES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,10 @@ class FsdpArgs(TrainArgs):
         ("full_shard", "shard_grad_op", "hybrid_shard"),
     )
     shard_size: int = argument(0, "hybrid_shard: ranks that share one copy; 0 is one node's ranks", minimum=0)
+    tensor_parallel: int = argument(1, "ranks that split every layer; FSDP slices what each has", minimum=1)
+    context_parallel: int = argument(
+        1, "ranks that split every sequence, each with all of it in attention", minimum=1
+    )
     param_dtype: str = argument(
         "auto",
         "of kept parameters and moments: auto is float32; bfloat16 halves them and loses small updates",
@@ -28,12 +34,83 @@ class FsdpArgs(TrainArgs):
         "of gradients while ranks sum them: auto is float32; bfloat16 halves the traffic",
         ("auto", "bfloat16"),
     )
+    prefetch: int = argument(
+        0,
+        "layers that are gathered ahead of the one that computes; 0 leaves it to FSDP, about one",
+        minimum=0,
+    )
+    kept: list[str] = argument(
+        ["matmul", "attention"],
+        "activation_checkpointing=selective: operations whose results are kept, not computed again",
+        ("matmul", "attention", "collectives"),
+    )
+    float8: str = argument(
+        "none",
+        "scaling of float8 numbers in the layers' matrix products: by row, or one for a whole tensor",
+        ("none", "rowwise", "tensorwise"),
+    )
     cpu_offload: bool = argument(False, "keep parameters and moments in host memory, and update them there")
+    optimizer_folder: str = argument(
+        "", "folder on each node's own disk (NVMe) for the optimizer's moments; empty: beside the parameters"
+    )
     defer_reduction: bool = argument(
         False, "with microbatches, reduce gradients once per step: less traffic, whole gradients in memory"
     )
 
     def __post_init__(self) -> None:
-        """Refuse a shard_size that would be ignored. Raises ArgumentError."""
+        """Refuse what would be ignored, and what the model's shape does not allow. Raises ArgumentError."""
+        super().__post_init__()
         if self.shard_size and self.strategy != "hybrid_shard":
             raise ArgumentError("shard_size", self.shard_size, "wants strategy=hybrid_shard")
+        if self.kept != ["matmul", "attention"] and self.activation_checkpointing != "selective":
+            raise ArgumentError("kept", ",".join(self.kept), "wants activation_checkpointing=selective")
+        if self.float8 != "none" and self.tensor_parallel > 1:
+            raise ArgumentError(
+                "float8", self.float8, "wants tensor_parallel=1: its products are of whole matrices"
+            )
+        if self.float8 != "none" and self.sequence_length % 16:
+            problem = f"wants sequence_length in multiples of 16, not {self.sequence_length}"
+            raise ArgumentError("float8", self.float8, problem)
+        size, tensor, context = SIZES[self.model], self.tensor_parallel, self.context_parallel
+        for what, number in (
+            ("heads", size.heads),
+            ("key/value heads", size.kv_heads),
+            ("features", size.ffn_width),
+        ):
+            if number % tensor:
+                problem = f"wants a divisor of the {number} {what} of model={self.model}"
+                raise ArgumentError("tensor_parallel", tensor, problem)
+        # Where there are fewer key/value heads than ranks, several of them get the same ones.
+        if size.heads // tensor % math.lcm(size.kv_heads // tensor, context):
+            left = f"{size.heads // tensor} heads over {size.kv_heads // tensor} key/value heads"
+            problem = f"does not divide the {left} that a rank has of model={self.model}"
+            raise ArgumentError("context_parallel", context, problem)
+        if self.sequence_length % (tensor * context):
+            key = "context_parallel" if self.sequence_length % context else "tensor_parallel"
+            length = f"sequence_length={self.sequence_length}"
+            problem = f"{tensor * context} ranks share a sequence, and do not divide {length}"
+            raise ArgumentError(key, getattr(self, key), problem)
+
+    def check_ranks(self, ranks: int, ranks_per_node: int) -> None:
+        """Refuse a grid that so many ranks do not fill. Raises ArgumentError."""
+        tensor, context = self.tensor_parallel, self.context_parallel
+        together = tensor * context
+        shown = f"tensor_parallel={tensor} times context_parallel={context}"
+        if ranks % together:
+            key = "context_parallel" if tensor == 1 else "tensor_parallel"
+            problem = f"{together} ranks share each sequence ({shown}), and do not divide {ranks} ranks"
+            raise ArgumentError(key, getattr(self, key), problem)
+        slices = ranks // tensor
+        if self.strategy == "hybrid_shard":
+            copy = self.shard_size or ranks_per_node
+            if ranks % copy:
+                raise ArgumentError("shard_size", copy, f"wants a divisor of {ranks}, the number of ranks")
+            if copy % together:
+                raise ArgumentError("shard_size", copy, f"wants a multiple of {shown}")
+            slices = copy // tensor
+        width = SIZES[self.model].width
+        if tensor > 1 and width % slices:
+            # FSDP slices the columns of what tensor parallelism has split by rows, and those only evenly.
+            which = f"the width {width} of model={self.model}"
+            problem = f"leaves {slices} ranks to slice {which}, which they do not divide"
+            raise ArgumentError("tensor_parallel", tensor, problem)

@@ -251,6 +251,19 @@ class TrainArgs:
         True, "go on from the newest checkpoint of the run directory; false: refuse one that holds any"
     )
 
+    def __post_init__(self) -> None:
+        """Refuse a sequence that the model was not made for. Raises ArgumentError."""
+        longest = SIZES[self.model].context
+        if self.sequence_length > longest > 0:
+            problem = f"model={self.model} was made for sequences of {longest:,} tokens at most"
+            raise ArgumentError("sequence_length", self.sequence_length, problem)
+
+    def check_ranks(self, ranks: int, ranks_per_node: int) -> None:
+        """Refuse a number of ranks that a recipe cannot use; the launcher asks before it submits.
+
+        Raises ArgumentError.
+        """
+
     @property
     def peak_lr(self) -> float:
         """The learning rate after the warm-up: `lr`, or where that is 0 the one that suits the model."""

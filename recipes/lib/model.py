@@ -18,13 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
+from recipes.lib.fused_loss import IGNORE as IGNORE  # of the targets that this model takes
+from recipes.lib.fused_loss import Chunk, FusedLoss, VocabularyPart, loss_and_gradients
 from recipes.lib.model_sizes import ModelSize, RopeScaling
-
-IGNORE = -100
-"""Target of a position that is not trained on (padding): it adds neither to the loss nor to the count."""
 
 MAX_LOGITS = 2**29
 """Logits held at once (2 GiB in float32); a longer batch is projected onto the vocabulary in chunks."""
@@ -48,8 +46,11 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(size.width, eps=size.norm_epsilon)
         self.lm_head = Head(size)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
-        rotation = rotary_table(self.size, tokens_BS.shape[1], tokens_BS.device)
+    def forward(
+        self, tokens_BS: Tensor, targets_BS: Tensor | None = None, positions_S: Tensor | None = None
+    ) -> Tensor:
+        # Positions are given where the tokens are a part of a sequence (context parallelism).
+        rotation = rotary_table(self.size, tokens_BS.shape[1], tokens_BS.device, positions_S)
         x_BSD = self.embed_tokens(tokens_BS)
         for layer in self.layers:
             x_BSD = layer(x_BSD, *rotation)
@@ -89,7 +90,8 @@ class Attention(nn.Module):
     def __init__(self, size: ModelSize) -> None:
         super().__init__()
         self.head_dim = size.head_dim
-        self.grouped = size.kv_heads != size.heads
+        # A field, so that context parallelism can put an exchange between ranks around it.
+        self.attend = causal_attention
         self.q_proj = nn.Linear(size.width, size.heads * size.head_dim, bias=False)
         self.k_proj = nn.Linear(size.width, size.kv_heads * size.head_dim, bias=False)
         self.v_proj = nn.Linear(size.width, size.kv_heads * size.head_dim, bias=False)
@@ -102,11 +104,15 @@ class Attention(nn.Module):
         q_BHSE = rotate(split_heads(self.q_proj(x_BSD)), cos_SE, sin_SE)
         k_BKSE = rotate(split_heads(self.k_proj(x_BSD)), cos_SE, sin_SE)
         v_BKSE = split_heads(self.v_proj(x_BSD))
-        y_BHSE = F.scaled_dot_product_attention(
-            q_BHSE, k_BKSE, v_BKSE, is_causal=True, enable_gqa=self.grouped
-        )
+        y_BHSE = self.attend(q_BHSE, k_BKSE, v_BKSE)
         output_BSD: Tensor = self.o_proj(y_BHSE.transpose(1, 2).flatten(2))
         return output_BSD
+
+
+def causal_attention(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
+    """Attention of each position to itself and those before it; gives [B, H, S, E]."""
+    grouped = q_BHSE.shape[1] != k_BKSE.shape[1]
+    return F.scaled_dot_product_attention(q_BHSE, k_BKSE, v_BKSE, is_causal=True, enable_gqa=grouped)
 
 
 class FeedForward(nn.Module):
@@ -136,35 +142,37 @@ class Head(nn.Module):
         self.max_logits = max_logits
         self.weight = None if size.tied else nn.Parameter(torch.empty(size.vocab_size, size.width))
         # A field, so that `parallelism.compile_blocks` can put the compiled function here.
-        self.chunk_loss = summed_cross_entropy
+        self.chunk_loss: Chunk = loss_and_gradients
 
     def forward(self, x_BSD: Tensor, targets_BS: Tensor | None, tied_VD: Tensor | None = None) -> Tensor:
         weight_VD = self.weight if tied_VD is None else tied_VD
         assert weight_VD is not None, "an untied head owns its weight"
         if targets_BS is None:
             return F.linear(x_BSD, weight_VD)
+        compute, rows = self.chunk_loss, weight_VD.shape[0]
+        if isinstance(weight_VD, DTensor):  # tensor parallelism: this rank has some of the rows
+            assert isinstance(x_BSD, DTensor)
+            part = VocabularyPart.of(weight_VD)
+            # Not this rank's own number: all of them must make equally many chunks.
+            compute, rows = part.loss_and_gradients, part.most_rows
+            # The rows of each rank give a part of x's gradient; their sum is taken on the way back.
+            x_BSD, weight_VD = x_BSD.to_local(grad_placements=[Partial()]), weight_VD.to_local()
+        if torch.is_autocast_enabled(x_BSD.device.type):
+            # Here, not inside: what autocast rounds in there, it would keep without its gradient.
+            rounded = torch.get_autocast_dtype(x_BSD.device.type)
+            x_BSD, weight_VD = x_BSD.to(rounded), weight_VD.to(rounded)
         x_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
-        chunks = math.ceil(targets_T.numel() * weight_VD.shape[0] / self.max_logits)
-        if chunks <= 1:
-            return self.chunk_loss(x_TD, weight_VD, targets_T)
-        # Each chunk's logits are recomputed in the backward pass: 2·D·V more FLOP per token (2% of
-        # Llama-3-8B's) buy a peak that does not grow with the batch.
-        losses = [
-            checkpoint(self.chunk_loss, x, weight_VD, targets, use_reentrant=False, preserve_rng_state=False)
-            for x, targets in zip(x_TD.chunk(chunks), targets_T.chunk(chunks), strict=True)
-        ]
-        return torch.stack(losses).sum()
+        chunks = max(1, math.ceil(targets_T.numel() * rows / self.max_logits))
+        loss: Tensor = FusedLoss.apply(x_TD, weight_VD, targets_T, chunks, compute)
+        return loss
 
 
-def summed_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """Cross-entropy of the projection of `x_TD`, summed over tokens; in float32, or wider if `x_TD` is."""
-    logits_TV = F.linear(x_TD, weight_VD)
-    exact_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-    return F.cross_entropy(exact_TV, targets_T, ignore_index=IGNORE, reduction="sum")
-
-
-def rotary_table(size: ModelSize, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    size: ModelSize, length: int, device: torch.device, positions_S: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position and dimension, two [S, E] tensors in float32.
+
+    The positions are the first `length`, or those given.
 
     Computed in each forward pass (microseconds) instead of kept as a buffer: buffers on the meta device lose
     their values, and under FSDP nothing else in the model is left unsharded.
@@ -173,8 +181,9 @@ def rotary_table(size: ModelSize, length: int, device: torch.device) -> tuple[Te
     frequencies = size.rope_theta ** -(half / size.head_dim)
     if size.rope_scaling is not None:
         frequencies = _stretched(frequencies, size.rope_scaling)
-    positions = torch.arange(length, device=device, dtype=torch.float64)
-    angles = torch.outer(positions, frequencies).repeat(1, 2)
+    if positions_S is None:
+        positions_S = torch.arange(length, device=device)
+    angles = torch.outer(positions_S.double(), frequencies).repeat(1, 2)
     return angles.cos().float(), angles.sin().float()
 
 

@@ -33,6 +33,8 @@ class ModelSize:
     lr: float = field(default=3e-4, compare=False)
     """A peak learning rate that suits the size. Llama 3's from its paper (arXiv 2407.21783, table 3); the small ones
     tried on the built-in corpus."""
+    context: int = field(default=0, compare=False)
+    """Positions of the longest sequence that it was made for; 0: any (sizes that nobody publishes weights of)."""
     norm_epsilon: float = 1e-5
     rope_scaling: RopeScaling | None = None
 
@@ -76,6 +78,7 @@ SIZES: dict[str, ModelSize] = {
         rope_theta=100_000.0,
         tied=True,
         lr=1e-3,
+        context=8192,
     ),
     "llama_1b": ModelSize(
         layers=16,
@@ -87,6 +90,7 @@ SIZES: dict[str, ModelSize] = {
         rope_theta=500_000.0,
         tied=True,
         lr=3e-4,
+        context=131_072,
         rope_scaling=RopeScaling(factor=32.0),
     ),
     "llama_8b": ModelSize(
@@ -99,6 +103,22 @@ SIZES: dict[str, ModelSize] = {
         rope_theta=500_000.0,
         tied=False,
         lr=3e-4,
+        context=8192,
+    ),
+    # 19.9 billion: with 16 bytes each twice what an H200 holds, and half of what four hold. Rows and names of the
+    # published weights (huggingface.co/internlm/internlm2-20b, config.json) are arranged in another way than Llama's;
+    # the shape is the same decoder.
+    "internlm2_20b": ModelSize(
+        layers=48,
+        width=6144,
+        heads=48,
+        kv_heads=8,
+        ffn_width=16_384,
+        vocab_size=92_544,
+        rope_theta=1_000_000.0,
+        tied=False,
+        lr=3e-4,
+        context=32_768,
     ),
     "llama_70b": ModelSize(
         layers=80,
@@ -110,6 +130,8 @@ SIZES: dict[str, ModelSize] = {
         rope_theta=500_000.0,
         tied=False,
         lr=1.5e-4,
+        context=8192,
     ),
 }
-"""By name: `llama_1b` is Llama-3.2-1B, `llama_8b` and `llama_70b` are Llama 3 (not 3.1: no RoPE scaling)."""
+"""By name: `llama_1b` is Llama-3.2-1B, `llama_8b` and `llama_70b` are Llama 3 (not 3.1: no RoPE scaling),
+`internlm2_20b` is InternLM2-20B."""

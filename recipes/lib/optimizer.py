@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,12 +24,16 @@ def build_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.AdamW:
     Fused: one kernel updates many parameters and allocates nothing, where the default's temporaries are
     as large as the parameters.
     """
+    return torch.optim.AdamW(parameter_groups(model, args), lr=args.peak_lr, betas=BETAS, fused=True)
+
+
+def parameter_groups(model: nn.Module, args: TrainArgs) -> list[dict[str, Any]]:
+    """All parameters of `model`, those that decay and the norms' that do not."""
     parameters = list(model.parameters())
-    groups = [
+    return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=args.peak_lr, betas=BETAS, fused=True)
 
 
 def learning_rate(step: int, args: TrainArgs) -> float:

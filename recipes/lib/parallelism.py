@@ -6,6 +6,7 @@ A technique itself (which module is wrapped or sharded how) is in its chapter's 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -47,29 +48,41 @@ def precision(dtype: str, device: torch.device) -> Precision:
     return Precision(compute, master=torch.float64 if compute == torch.float64 else torch.float32)
 
 
-_aten = torch.ops.aten
-_EXPENSIVE = [
-    _aten.mm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-]
+_aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
+_OPERATIONS = {
+    "matmul": [_aten.mm.default, _aten._scaled_mm.default],
+    "attention": [
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    ],
+    # Of tensor and context parallelism, within layers. FSDP's own are outside of what is recomputed.
+    "collectives": [
+        _c10d.all_gather_into_tensor.default,
+        _c10d.reduce_scatter_tensor.default,
+        _c10d.all_to_all_single.default,
+    ],
+}
 
 
-def checkpoint_activations(model: Transformer, mode: str) -> None:
+def checkpoint_activations(
+    model: Transformer, mode: str, kept: Sequence[str] = ("matmul", "attention")
+) -> None:
     """Trade memory for arithmetic: recompute activations in the backward pass instead of keeping them.
 
     "full" keeps each layer's input only and repeats its whole forward pass: a third more arithmetic.
-    "selective" keeps the results of matrix products and attention, and repeats what is cheap between them
-    (norms, rotation, SiLU, products of elements): almost no more arithmetic. "none" keeps everything.
+    "selective" keeps the results of the operations that `kept` names, by default those that are expensive, and repeats
+    what is cheap between them (norms, rotation, SiLU, products of elements): almost no more arithmetic. "none" keeps
+    everything.
     """
     if mode == "none":
         return
     # The random state is not preserved: the model draws no random numbers (no dropout).
     recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if mode == "selective":
-        contexts = functools.partial(create_selective_checkpoint_contexts, _EXPENSIVE)
+        operations = [operation for name in kept for operation in _OPERATIONS[name]]
+        contexts = functools.partial(create_selective_checkpoint_contexts, operations)
         recompute = functools.partial(recompute, context_fn=contexts)
     for layer in model.layers:
         assert isinstance(layer, Block)

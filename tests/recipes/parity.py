@@ -10,6 +10,7 @@ and weights come back as plain numbers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ from recipes.ch2.pipeline_parallel import Pipeline, make_layout
 from recipes.ch2.pipeline_parallel_args import PipelineParallelArgs
 from recipes.ch3.ddp import Replicated
 from recipes.ch3.ddp_args import DdpArgs
-from recipes.ch4.fsdp import Sharded
+from recipes.ch4.fsdp import Sharded, make_grid
 from recipes.ch4.fsdp_args import FsdpArgs
 from recipes.lib import checkpoint, manifest, saving
 from recipes.lib.arguments import TrainArgs
@@ -90,7 +91,11 @@ class Kind:
 TECHNIQUES = {
     "baseline": Kind(BaselineArgs, lambda plan, args: Baseline.build(plan)),
     "ddp": Kind(DdpArgs, Replicated.build),
-    "fsdp": Kind(FsdpArgs, Sharded.build),
+    "fsdp": Kind(
+        FsdpArgs,
+        lambda plan, args: Sharded.build(plan, args, make_grid(plan.world, args)),
+        lambda world, args: make_grid(world, args).layout,
+    ),
     "pipeline": Kind(PipelineParallelArgs, Pipeline.build, make_layout),
 }
 
@@ -251,6 +256,8 @@ def main() -> None:
     """One rank."""
     folder, words = Path(sys.argv[1]), Path(sys.argv[2])
     cases = [Case(**fields) for fields in json.loads(words.read_text())]
+    # What is compiled is traced and differentiated as ever, but runs without the code that takes a minute to generate.
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
     with joined("cpu") as world:
         outcomes = run_cases(folder, cases, world)
         if world.is_first:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,8 @@ def going_on(name: str, technique: str, world_size: int, load: str, **args: obje
     return Case(name, technique, world_size, args={**OTHER_WEIGHTS, **args}, tied=True, load=load)
 
 
+GRID = {"tensor_parallel": 2, "context_parallel": 2}
+
 AT_THE_SAME_SIZE = [
     going_on("one-to-one", "baseline", 1, "one"),
     going_on("ddp2-to-ddp2", "ddp", 2, "ddp2"),
@@ -43,6 +46,8 @@ AT_THE_SAME_SIZE = [
     going_on("fsdp4-to-fsdp4-float32", "fsdp", 4, "fsdp4-float32", dtype="float32"),
     going_on("hybrid4-to-hybrid4", "fsdp", 4, "hybrid4", strategy="hybrid_shard", shard_size=2),
     going_on("offload4-to-offload4", "fsdp", 4, "offload4", cpu_offload=True),
+    going_on("grid4-to-grid4", "fsdp", 4, "grid4", **GRID),
+    going_on("disk4-to-disk4", "fsdp", 4, "disk4", optimizer_folder=tempfile.gettempdir()),
 ]
 AT_ANOTHER_SIZE = [
     going_on("one-to-fsdp4", "fsdp", 4, "one"),
@@ -54,6 +59,15 @@ AT_ANOTHER_SIZE = [
     going_on("fsdp4-to-one", "baseline", 1, "fsdp4"),
     going_on("fsdp2-to-fsdp3", "fsdp", 3, "fsdp4-to-fsdp2"),
     going_on("ddp2-to-one", "baseline", 1, "ddp2"),
+    going_on("one-to-grid4", "fsdp", 4, "one", **GRID),
+    going_on("fsdp4-to-tensor4", "fsdp", 4, "fsdp4", tensor_parallel=2),
+    going_on(
+        "grid4-to-hybrid4", "fsdp", 4, "grid4", strategy="hybrid_shard", shard_size=2, tensor_parallel=2
+    ),
+    going_on("grid4-to-disk4", "fsdp", 4, "grid4", optimizer_folder=tempfile.gettempdir()),
+    going_on("disk4-to-context4", "fsdp", 4, "disk4", context_parallel=2),
+    going_on("grid4-to-ddp2", "ddp", 2, "grid4"),
+    going_on("grid4-to-one", "baseline", 1, "grid4"),
 ]
 
 
@@ -63,7 +77,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     folder: Path = tmp_path_factory.mktemp("checkpoints")
     make_data(folder / "data")
     cases = [*AT_THE_SAME_SIZE, *AT_ANOTHER_SIZE]
-    from_four = [case for case in cases if case.load in ("fsdp4", "hybrid4", "offload4")]
+    from_four = [case for case in cases if case.load in ("fsdp4", "hybrid4", "offload4", "grid4")]
     early = [case for case in cases if case not in from_four]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -76,6 +90,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         leaving("fsdp4-float32", "fsdp", 4, dtype="float32"),
         leaving("hybrid4", "fsdp", 4, strategy="hybrid_shard", shard_size=2),
         leaving("offload4", "fsdp", 4, cpu_offload=True),
+        leaving("grid4", "fsdp", 4, **GRID),
+        leaving("disk4", "fsdp", 4, optimizer_folder=tempfile.gettempdir()),
     ]
     found |= launch(folder, 4, [*in_four, *(c for c in cases if c.world_size == 4)])
     found |= launch(folder, 2, [c for c in from_four if c.world_size == 2])

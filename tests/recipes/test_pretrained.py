@@ -153,16 +153,17 @@ def test_loading_trains_on_afterwards(folder: Path) -> None:
     assert all(p.requires_grad and p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def test_each_rank_loads_its_own_shards(folder: Path) -> None:
-    """On two ranks that do not divide the vocabulary of 37."""
+def test_each_rank_loads_its_own_part(folder: Path) -> None:
+    """On two ranks that do not divide the vocabulary of 37, sliced and split; and both compute the same."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     root = Path(__file__).parents[2]
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     command = [sys.executable, "-m", "tests.recipes.pretrained_worker", str(folder)]
-    processes = [subprocess.Popen(command, cwd=root, env={**common, "RANK": str(rank)}) for rank in range(2)]
+    processes = [subprocess.Popen(command, cwd=root, env={**common, **rank}) for rank in ranks]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
 
 
