@@ -65,7 +65,5 @@ def gpu_of_sku(sku: str) -> Gpu | None:
     words = {word for word in sku.lower().replace("-", " ").split() if word != "nvidia"}
     if not words:
         return None
-    fitting = [
-        gpu for gpu in GPUS.values() if words <= set(gpu.name.lower().replace("-", " ").split())
-    ]
+    fitting = [gpu for gpu in GPUS.values() if words <= set(gpu.name.lower().replace("-", " ").split())]
     return max(fitting, key=lambda gpu: gpu.memory_gib, default=None)

@@ -35,7 +35,9 @@ def layer_bytes(work: Workload, calibration: Calibration) -> LayerBytes:
     size, tokens, split = work.size, work.tokens, work.tensor
     number, stream = work.compute_bytes, work.residual_bytes
     x = tokens * size.width * stream / split
-    d = tokens * size.width * number  # inputs of matrix products: gathered where tensor parallelism splits them
+    d = (
+        tokens * size.width * number
+    )  # inputs of matrix products: gathered where tensor parallelism splits them
     q = tokens * size.heads * size.head_dim * number / split
     k = v = tokens * size.kv_heads * size.head_dim * number / split
     f = tokens * size.ffn_width * number / split
@@ -71,8 +73,8 @@ def chunks(work: Workload) -> int:
 def head_bytes(work: Workload, stage: Stage) -> tuple[float, float]:
     """Of the norm, the projection and the loss: logits at their fullest moment, and everything around them.
 
-    Without compilation that is the backward pass of the softmax: its result, its gradient and the gradient before it, each
-    in float32. Compiled, it is two arrays of logits, or one and the gradient of the weight.
+    Without compilation that is the backward pass of the softmax: its result, its gradient and the gradient before it,
+    each in float32. Compiled, it is two arrays of logits, or one and the gradient of the weight.
     """
     size, number = work.size, work.compute_bytes
     parts = chunks(work)

@@ -89,7 +89,10 @@ def _moments(work: Workload, stage: Stage, calibration: Calibration) -> list[Mom
     if stage.vocabulary:
         logits, around = head_bytes(work, stage)
         found.append(
-            Moment("head", _sum(always, ordered.at_head, {"activations": kept + around, "logits and loss": logits}))
+            Moment(
+                "head",
+                _sum(always, ordered.at_head, {"activations": kept + around, "logits and loss": logits}),
+            )
         )
     activations = {"activations": kept + layer.backward}
     found.append(Moment("last layer", _sum(always, ordered.at_last_layer, activations)))
@@ -115,8 +118,12 @@ class _Sharded:
         whole = stage.parameters * summed if work.defer_reduction and stays else 0.0
         before = mine * master * on_gpu if stays and not work.defer_reduction else 0.0
         tied = work.size.tied
-        outer = stage.table + stage.head if tied else 0  # gathered by the root, from the first to the last operation
-        ahead = 1 if share > 1 else 0  # with one rank nothing is gathered ahead: the copy is made when it is needed
+        outer = (
+            stage.table + stage.head if tied else 0
+        )  # gathered by the root, from the first to the last operation
+        ahead = (
+            1 if share > 1 else 0
+        )  # with one rank nothing is gathered ahead: the copy is made when it is needed
         keeps = work.strategy == "shard_grad_op"
         everything = stage.parameters * number
         layers = stage.layers * stage.layer
@@ -144,9 +151,13 @@ class _Sharded:
             {"communication": stage.layer * summed + waiting},
         )
         if keeps:
-            self.at_first_layer["gathered parameters"] = number * (outer + stage.layer + (0 if tied else stage.table))
+            self.at_first_layer["gathered parameters"] = number * (
+                outer + stage.layer + (0 if tied else stage.table)
+            )
         last = stage.table + stage.head if tied else stage.table or stage.layer
-        copies = summed + number if share > 1 else 2 * summed  # one rank: a scaled copy, after the gradient is gone
+        copies = (
+            summed + number if share > 1 else 2 * summed
+        )  # one rank: a scaled copy, after the gradient is gone
         self.at_embedding = _sum(gradients(stage.parameters), {"communication": last * copies})
         self.at_update = {"gradients": stage.parameters * gradient}
 
@@ -165,19 +176,23 @@ class _Whole:
         multiplied = stage.layers * stage.layer + stage.vocabulary * work.size.width
         rounds = number != master
         # The rounded weights are kept for the backward pass where it does not make them again.
-        rounded = multiplied * number if rounds and work.checkpointing == "none" and not work.compiled else 0.0
+        rounded = (
+            multiplied * number if rounds and work.checkpointing == "none" and not work.compiled else 0.0
+        )
         # Recomputed or compiled, a layer's are made anew; autocast holds the forward pass's until its end.
         one = (stage.vocabulary * work.size.width if stage.vocabulary else stage.layer) * number * rounds
         head = stage.vocabulary * work.size.width
 
         def gradients(done: float) -> dict[str, float]:
-            return {"gradients": (max(before, done * master) if apart else 0.0), "communication": buckets}
+            own = max(before, done * master)
+            return {"gradients": own, "communication": buckets} if apart else {"gradients": buckets}
 
         self.at_head = _sum(gradients(0), {"gathered parameters": rounded or one})
         layer = rounded - head * number * rounds if rounded else stage.layer * number * rounds
         self.at_last_layer = _sum(gradients(head), {"gathered parameters": layer})
         self.at_first_layer = _sum(
-            gradients(stage.parameters - stage.table - stage.layer), {"gathered parameters": stage.layer * number * rounds}
+            gradients(stage.parameters - stage.table - stage.layer),
+            {"gathered parameters": stage.layer * number * rounds},
         )
         # DDP copies a finished gradient into its bucket.
         self.at_embedding = _sum(

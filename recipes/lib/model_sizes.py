@@ -113,3 +113,12 @@ SIZES: dict[str, ModelSize] = {
     ),
 }
 """By name: `llama_1b` is Llama-3.2-1B, `llama_8b` and `llama_70b` are Llama 3 (not 3.1: no RoPE scaling)."""
+
+CONTEXT: dict[str, int] = {
+    "smollm2_135m": 8192,
+    "llama_1b": 131_072,
+    "llama_8b": 8192,
+    "llama_70b": 8192,
+}
+"""Tokens of the longest sequence that a published model was made for (`max_position_embeddings`). The others take any:
+their positions are computed, not looked up."""

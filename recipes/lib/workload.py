@@ -69,7 +69,9 @@ class Workload:
     @property
     def name(self) -> str:
         """ "full_shard x 16, tp 2, pp 2"."""
-        parts = [self.strategy if self.strategy == "single" else f"{self.strategy} x {self.data}"]
+        parts = [f"{self.strategy} x {self.data}"]
+        if self.strategy == "single":
+            parts = ["one GPU"] if self.gpus == 1 else []
         if self.strategy == "hybrid_shard":
             parts[0] = f"hybrid_shard {self.data // self.shard} x {self.shard}"
         parts += [f"tp {self.tensor}"] if self.tensor > 1 else []
