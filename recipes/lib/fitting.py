@@ -89,7 +89,7 @@ def misfit(recipe: str, args: Mapping[str, Any], nodes: int, ranks_per_node: int
 def _that_fit(
     recipe: str, args: Mapping[str, Any], nodes: int, ranks_per_node: int, gpu: Gpu
 ) -> Iterator[str]:
-    """Changes that fit, those first that change least: the result stays the same, then the machine, then the numbers."""
+    """Changes that fit, those first that change least: first the arguments, then the machine, then number formats."""
     for words, other, changed, more in _changes(recipe, args, nodes, ranks_per_node):
         work = workload_of(other, changed, more, ranks_per_node)
         assert work is not None

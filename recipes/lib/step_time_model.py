@@ -101,8 +101,8 @@ def _element_bytes(work: Workload, stage: Stage) -> float:
 
     Counted over the model's code in arrays of [tokens, D] (d), of query and key heads (h) and of [tokens, F] (f), in
     numbers of `compute_bytes`. Eager: each norm 2 d; rotation 15 h (it computes in float32, array by array); a residual
-    3 d; SiLU 2 f, the product 3 f; about twice of it backward. Compiled: neighbours are one kernel, and arrays between them are
-    never written.
+    3 d; SiLU 2 f, the product 3 f; about twice of it backward. Compiled: neighbours are one kernel, and arrays between
+    them are never written.
     """
     size, number = work.size, work.compute_bytes
     widen = work.residual_bytes / number
