@@ -1,7 +1,7 @@
-"""A model sharded over more ranks than anybody has: this process is one of them, the others are pretended.
+"""A model sharded over more ranks than anybody has: this process is one, the others are pretended.
 
-torch's fake process group answers every collective at once and sends nothing; on the meta device tensors have shapes and
-no memory. What remains is exactly what FSDP2 would do to this rank's parameters, in seconds on a laptop.
+torch's fake process group answers every collective at once and sends nothing; on the meta device tensors have shapes
+and no memory. What remains is exactly what FSDP2 would do to this rank's parameters, in seconds on a laptop.
 """
 
 from __future__ import annotations
