@@ -76,10 +76,11 @@ def show_count(args: MfuArgs, size: ModelSize, count: Counted, results: Measurem
     )
     results.show(table(["part", "F (all of S x S)", "C (causal half)", "share of F"], rows))
     needed = sum(part.full for part in parts if part.products)
-    again = count.forward + count.backward - needed
+    total = count.forward + count.backward
+    again = total - needed
     results.show(
-        f"torch's counter on the real model: {(count.forward + count.backward) / 1e6:,.3f} MFLOP per token, of which "
-        f"{again / 1e6:,.3f} are recomputed; the rest is F without the gains of norms, which are no products of matrices"
+        f"torch's counter on the real model: {total / 1e6:,.3f} MFLOP per token; "
+        f"{again / 1e6:,.3f} are recomputed, the rest is F without the gains of norms, which are no matrix products"
     )
     figures = {part.name: part.full for part in parts}
     results.note(kind="flops", parts=figures, full=cost.full, causal=cost.causal, **dataclasses.asdict(count))
