@@ -14,7 +14,7 @@ class MfuArgs:
 
     model: str = argument("tiny", "size of the model", tuple(SIZES))
     sequence_length: int = argument(256, "tokens per sequence", minimum=1)
-    batch_size: int = argument(8, "sequences per forward pass on each rank", minimum=1)
+    batch_size: int = argument(2, "sequences per forward pass on each rank", minimum=1)
     activation_checkpointing: str = argument(
         "none",
         "recompute activations: more arithmetic, the same MFU per token",
