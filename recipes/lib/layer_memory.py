@@ -35,9 +35,8 @@ def layer_bytes(work: Workload, calibration: Calibration) -> LayerBytes:
     size, tokens, split = work.size, work.tokens, work.tensor
     number, stream = work.compute_bytes, work.residual_bytes
     x = tokens * size.width * stream / split
-    d = (
-        tokens * size.width * number
-    )  # inputs of matrix products: gathered where tensor parallelism splits them
+    # Inputs of matrix products: gathered where tensor parallelism splits them.
+    d = tokens * size.width * number
     q = tokens * size.heads * size.head_dim * number / split
     k = v = tokens * size.kv_heads * size.head_dim * number / split
     f = tokens * size.ffn_width * number / split

@@ -9,7 +9,7 @@ fullest is added up on its own, and the fullest one counts:
 - **embedding**: all activations are gone; the largest single gradient is being summed
 - **update**: parameters, gradients and both moments
 
-"tensor_bytes" of each moment is what `torch.cuda.max_memory_allocated` counts.
+`tensor_bytes` of each moment is what `torch.cuda.max_memory_allocated` counts.
 """
 
 from __future__ import annotations
@@ -118,12 +118,10 @@ class _Sharded:
         whole = stage.parameters * summed if work.defer_reduction and stays else 0.0
         before = mine * master * on_gpu if stays and not work.defer_reduction else 0.0
         tied = work.size.tied
-        outer = (
-            stage.table + stage.head if tied else 0
-        )  # gathered by the root, from the first to the last operation
-        ahead = (
-            1 if share > 1 else 0
-        )  # with one rank nothing is gathered ahead: the copy is made when it is needed
+        # Gathered by the root, from the first to the last operation.
+        outer = stage.table + stage.head if tied else 0
+        # With one rank nothing is gathered ahead: the copy is made when it is needed.
+        ahead = int(share > 1)
         keeps = work.strategy == "shard_grad_op"
         everything = stage.parameters * number
         layers = stage.layers * stage.layer
@@ -155,9 +153,8 @@ class _Sharded:
                 outer + stage.layer + (0 if tied else stage.table)
             )
         last = stage.table + stage.head if tied else stage.table or stage.layer
-        copies = (
-            summed + number if share > 1 else 2 * summed
-        )  # one rank: a scaled copy, after the gradient is gone
+        # With one rank it is a scaled copy, made after the gradient is gone.
+        copies = summed + number if share > 1 else 2 * summed
         self.at_embedding = _sum(gradients(stage.parameters), {"communication": last * copies})
         self.at_update = {"gradients": stage.parameters * gradient}
 

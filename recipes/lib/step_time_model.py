@@ -131,9 +131,8 @@ def _parameter_bytes(work: Workload, stage: Stage) -> tuple[float, float]:
     rounding = mine * (master + number) * gathers
     # Copied out of the buffer that was gathered into; copied into the one that is summed; the sum of shards written.
     copies = stage.parameters * (2 * number * gathers * (work.shard > 1) + number + work.reduce_bytes)
-    copies += (
-        4 * stage.parameters * work.reduce_bytes * (work.shard == 1)
-    )  # a sum over one rank is still scaled and copied
+    # A sum over one rank is still scaled and copied.
+    copies += 4 * stage.parameters * work.reduce_bytes * (work.shard == 1)
     return once, rounding + copies
 
 
