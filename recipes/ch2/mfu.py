@@ -41,13 +41,14 @@ from recipes.lib.planner import model_size
 from recipes.lib.tables import table, time_text
 from recipes.lib.timing import Timing, measure
 from recipes.lib.training import recipe_main
+from recipes.lib.transports import nccl_log, ways_of_all
 
 
 @recipe_main
 def main() -> None:
     """Count, sweep, train; rank 0 prints and draws."""
     args = parse_or_exit(MfuArgs)
-    with joined(args.device) as world:
+    with nccl_log() as log, joined(args.device) as world:
         connect(world)
         size, numbers = model_size(args.model), precision(args.dtype, world.device)
         with (
@@ -58,6 +59,8 @@ def main() -> None:
             show_count(args, size, count, results)
             sweep = [product_rate(side, numbers, world, args, results) for side in args.matrix_sizes]
             steps = time_steps(args, size, numbers, world, results)
+            if world.size > 1:
+                results.note(kind="transport", **ways_of_all(world, log))
             show_rates(args, size, count, sweep, steps, device_peak(world, numbers), results, world)
 
 

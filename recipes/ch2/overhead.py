@@ -37,13 +37,14 @@ from recipes.lib.planner import model_size
 from recipes.lib.tables import size_text, table, time_text
 from recipes.lib.timing import Timing, measure
 from recipes.lib.training import recipe_main
+from recipes.lib.transports import nccl_log, ways_of_all
 
 
 @recipe_main
 def main() -> None:
     """Every strategy over all models; rank 0 prints and draws."""
     args = parse_or_exit(OverheadArgs)
-    with joined(args.device) as world:
+    with nccl_log() as log, joined(args.device) as world:
         several(world)
         count = len(args.models) * len(args.strategies)
         with Measurements("ch2_overhead", world, count) as results, attention_backends(world.device):
@@ -52,6 +53,7 @@ def main() -> None:
                 for name in args.models
                 for strategy in args.strategies
             ]
+            results.note(kind="transport", **ways_of_all(world, log))
             show(lines, results, args)
             if world.is_first:
                 subtitle = (
