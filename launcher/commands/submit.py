@@ -13,6 +13,7 @@ from rich.console import Console
 from launcher import badnodes, codeversion, proven, runs, status
 from launcher.cluster_commands import use_cluster, use_cluster_of
 from launcher.config import Composed, compose_points
+from launcher.memory import check_memory
 from launcher.paths import REPOSITORY, known_run_roots, remember_run_root, run_root
 from launcher.render import render
 from launcher.spec import JobSpec, UserError
@@ -50,7 +51,9 @@ def run(options: argparse.Namespace) -> int:
     for point in points:
         use_cluster(point.spec.cluster)
         check_submittable(point.spec)
-    for warning in dict.fromkeys(line for point in points for line in proven.unproven_options(point.spec)):
+    warnings = [line for point in points for line in proven.unproven_options(point.spec)]
+    warnings += [line for point in points if (line := check_memory(point.spec))]
+    for warning in dict.fromkeys(warnings):
         console.print(f"[yellow]warning[/]: {warning}", highlight=False, soft_wrap=True)
     if options.dry_run:
         for point in points:
@@ -89,6 +92,8 @@ def resume(options: argparse.Namespace) -> int:
         spec = point.spec
         use_cluster(spec.cluster)
         check_submittable(spec)
+        if warning := check_memory(spec):
+            console.print(f"[yellow]warning[/]: {warning}", highlight=False, soft_wrap=True)
         found.write_spec(spec)
         found.write_words(words)
     _submit(found, spec, options, console)

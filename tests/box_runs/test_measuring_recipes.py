@@ -27,6 +27,8 @@ CASES = {
         "torchrun",
         "all_reduce, across, 2 ranks",
     ),
+    "ch2_mfu": (("args.matrix_sizes=64", "args.sequence_length=32", *QUICK), "srun", "of matrix rate"),
+    "ch2_overhead": (("args.models=tiny", "args.sequence_length=32", *QUICK), "torchrun", "with and without"),
     "ch2_pairs": (("args.size=64K", *QUICK), "srun", "GB/s from each rank (row) to each other"),
     "ch2_patterns": (("args.largest=16K", "args.patterns=all_to_all", *QUICK), "srun", "all-to-all: 1 round"),
 }

@@ -25,6 +25,16 @@ RECIPES: dict[str, tuple[str, list[str], list[str]]] = {
         ["allreduce.png"],
     ),
     "ch2_bandwidth": ("recipes.ch2.bandwidth", ["smallest=16K", "largest=256K", *QUICK], ["bandwidth.png"]),
+    "ch2_mfu": (
+        "recipes.ch2.mfu",
+        ["matrix_sizes=64,128", "sequence_length=32", "batch_size=1", *QUICK],
+        ["mfu.png"],
+    ),
+    "ch2_overhead": (
+        "recipes.ch2.overhead",
+        ["models=tiny", "sequence_length=32", "batch_size=1", *QUICK],
+        ["overhead.png"],
+    ),
     "ch2_pairs": ("recipes.ch2.pairs", ["size=64K", "schedule=parallel", *QUICK], ["pairs.png"]),
     "ch2_patterns": (
         "recipes.ch2.patterns",

@@ -1,0 +1,128 @@
+"""Whether a training recipe with its arguments fits a GPU, and what nearest to it would. Pure; no torch.
+
+The launcher asks before it submits: a job that waits for hours in a queue and then runs out of memory in its first step
+has wasted both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recipes.lib.calibration import GIB
+from recipes.lib.gpus import Gpu
+from recipes.lib.memory_model import Memory, predict_memory
+from recipes.lib.planner import model_size
+from recipes.lib.workload import Workload
+
+TRAINING = {"ch1_baseline": "single", "ch3_ddp": "ddp", "ch4_fsdp": "full_shard"}
+"""The recipes whose memory is predicted, with the strategy where their arguments name none."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why a recipe does not fit."""
+
+    certain: bool
+    """Parameters, gradients and moments alone are more than the GPU has: arithmetic, not an estimate."""
+    needed_gib: float
+    missing_gib: float
+    nearest: str
+    """Changes that would fit, as words of a command line; empty where none was found."""
+
+
+def workload_of(recipe: str, args: Mapping[str, Any], nodes: int, ranks_per_node: int) -> Workload | None:
+    """The recipe as the memory model sees it on GPUs; None for one whose memory is not predicted."""
+    if recipe not in TRAINING or args.get("device") == "cpu":
+        return None
+    ranks = nodes * ranks_per_node
+    strategy = args.get("strategy") or TRAINING[recipe]
+    share = math.ceil(args["batch_size"] / ranks)
+    rows = min(args["microbatch_size"] or share, share)
+    number = {"float32": 4, "float64": 8}.get(args["dtype"], 2)
+    master = 8 if number == 8 else 2 if args.get("param_dtype") == "bfloat16" else 4
+    summed = 2 if args.get("reduce_dtype") == "bfloat16" else max(4, master)
+    shards = {
+        "full_shard": ranks,
+        "shard_grad_op": ranks,
+        "hybrid_shard": args.get("shard_size") or ranks_per_node,
+    }
+    return Workload(
+        size=model_size(args["model"], args["vocab_size"]),
+        sequence_length=args["sequence_length"],
+        microbatch=rows,
+        microbatches=math.ceil(share / rows),
+        strategy=strategy,
+        data=ranks,
+        shard=shards.get(strategy, 1),
+        checkpointing=args["activation_checkpointing"],
+        compiled=args["compile"],
+        compute_bytes=number,
+        master_bytes=master,
+        reduce_bytes=summed,
+        cpu_offload=bool(args.get("cpu_offload")),
+        defer_reduction=bool(args.get("defer_reduction")),
+        bucket_view=bool(args.get("gradient_as_bucket_view", True)),
+    )
+
+
+def misfit(recipe: str, args: Mapping[str, Any], nodes: int, ranks_per_node: int, gpu: Gpu) -> Misfit | None:
+    """What is wrong with this recipe on this GPU; None where it fits, or nothing can be said."""
+    work = workload_of(recipe, args, nodes, ranks_per_node)
+    if work is None:
+        return None
+    memory = predict_memory(work)
+    if memory.needed <= gpu.memory_gib * GIB:
+        return None
+    certain = memory.certain > gpu.memory_gib * GIB
+    needed = (memory.certain if certain else memory.needed) / GIB
+    return Misfit(
+        certain=certain,
+        needed_gib=needed,
+        missing_gib=needed - gpu.memory_gib,
+        nearest=next(_that_fit(recipe, args, nodes, ranks_per_node, gpu), ""),
+    )
+
+
+def _that_fit(
+    recipe: str, args: Mapping[str, Any], nodes: int, ranks_per_node: int, gpu: Gpu
+) -> Iterator[str]:
+    """Changes that fit, those first that change least: first the arguments, then the machine, then number formats."""
+    for words, other, changed, more in _changes(recipe, args, nodes, ranks_per_node):
+        work = workload_of(other, changed, more, ranks_per_node)
+        assert work is not None
+        memory: Memory = predict_memory(work)
+        if memory.needed <= gpu.memory_gib * GIB:
+            yield f"{words} ({memory.needed / GIB:.1f} GiB)"
+
+
+def _changes(
+    recipe: str, args: Mapping[str, Any], nodes: int, ranks_per_node: int
+) -> Iterator[tuple[str, str, dict[str, Any], int]]:
+    lean = {"activation_checkpointing": "full", "microbatch_size": 1}
+    for mode in ("selective", "full"):
+        yield _words(mode=mode), recipe, {**args, "activation_checkpointing": mode}, nodes
+    yield _words(mode="full", rows=1), recipe, {**args, **lean}, nodes
+    several = nodes * ranks_per_node > 1
+    start = "" if recipe == "ch4_fsdp" else "recipe=ch4_fsdp "
+    sharded = {**args, "strategy": "full_shard"}
+    if recipe != "ch4_fsdp" or args["strategy"] != "full_shard":
+        name = start or "args.strategy=full_shard "
+        if several:
+            yield name.strip(), "ch4_fsdp", sharded, nodes
+            yield f"{name}{_words(mode='full', rows=1)}", "ch4_fsdp", {**sharded, **lean}, nodes
+    more = nodes
+    while more < 1024:
+        more *= 2
+        # As many sequences as before in all: each GPU has fewer.
+        yield f"{start}nodes={more} {_words(mode='full', rows=1)}", "ch4_fsdp", {**sharded, **lean}, more
+    halves = {**sharded, **lean, "param_dtype": "bfloat16"}
+    yield f"{start}{_words(mode='full', rows=1)} args.param_dtype=bfloat16", "ch4_fsdp", halves, nodes
+    offloaded = {**sharded, **lean, "cpu_offload": True}
+    yield f"{start}{_words(mode='full', rows=1)} args.cpu_offload=true", "ch4_fsdp", offloaded, nodes
+
+
+def _words(mode: str, rows: int = 0) -> str:
+    return f"args.activation_checkpointing={mode}" + (f" args.microbatch_size={rows}" if rows else "")

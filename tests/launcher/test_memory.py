@@ -1,0 +1,125 @@
+"""What cannot fit a cluster's GPUs is said before it is submitted; what nobody knows is never in the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.config import compose
+from launcher.memory import check_memory
+from launcher.paths import REPOSITORY
+from launcher.spec import UserError
+
+SITE = """
+inherits: slurm
+gpus_per_node: 8
+cpus_per_node: 64
+"""
+
+
+@pytest.fixture(autouse=True)
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cluster whose GPUs each test names itself."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(SITE)
+    monkeypatch.setenv("LAUNCHER_CLUSTERS", str(folder))
+    return folder
+
+
+def said(*words: str) -> str | None:
+    return check_memory(compose(["cluster=mine", *words], repository=REPOSITORY))
+
+
+def test_what_arithmetic_excludes_is_refused_with_by_how_much_and_the_nearest_that_fits() -> None:
+    with pytest.raises(UserError) as caught:
+        said("recipe=ch4_fsdp", "nodes=1", "checks.sku=H100 80GB", "args.model=llama_70b")
+    # 70,553,706,496 parameters of 16 bytes over 8 GPUs: 131.4 GiB. An H100 has 79.1.
+    line = str(caught.value)
+    assert "take 131.4 GiB per GPU, 52.3 GiB more than the 79.1 of a H100 80GB" in line
+    assert "nearest that fits: nodes=2 args.activation_checkpointing=full args.microbatch_size=1" in line
+    assert len(line.splitlines()) == 1
+
+
+def test_what_is_only_estimated_is_a_warning() -> None:
+    words = (
+        "recipe=ch4_fsdp",
+        "nodes=1",
+        "checks.sku=H100 80GB",
+        "args.model=llama_8b",
+        "args.sequence_length=8192",
+    )
+    line = said(*words, "args.batch_size=64")
+    assert line is not None
+    assert "will probably not fit" in line
+    assert "nearest that fits: args.activation_checkpointing=" in line
+
+
+def test_the_nearest_that_fits_does_fit() -> None:
+    words = (
+        "recipe=ch4_fsdp",
+        "nodes=1",
+        "checks.sku=H100 80GB",
+        "args.model=llama_8b",
+        "args.sequence_length=8192",
+    )
+    line = said(*words, "args.batch_size=64")
+    assert line is not None
+    changes = line.partition("nearest that fits: ")[2].partition(" (")[0].split()
+    assert said(*words, "args.batch_size=64", *changes) is None
+
+
+def test_a_whole_copy_that_cannot_fit_is_sent_to_shards() -> None:
+    with pytest.raises(UserError, match=r"ch3_ddp .* nearest that fits: recipe=ch4_fsdp"):
+        said("recipe=ch3_ddp", "nodes=2", "checks.sku=H100 80GB", "args.model=llama_8b")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("recipe=ch3_ddp", "args.model=llama_8b"),  # the profile names no GPU
+        ("recipe=ch3_ddp", "args.model=llama_8b", "checks.sku=X9000"),  # nobody knows it
+        ("recipe=ch3_ddp", "args.model=llama_8b", "checks.sku=H100", "args.device=cpu"),
+        ("recipe=ch4_fsdp", "args.model=llama_8b", "checks.sku=H100 80GB"),  # it fits
+        ("recipe=ch4_fsdp", "args.model=llama_70b", "nodes=1", "checks.sku=H200", "args.cpu_offload=true"),
+        ("recipe=ch2_pairs", "checks.sku=H100"),  # trains nothing
+    ],
+)
+def test_nobody_is_kept_from_what_may_work(words: tuple[str, ...]) -> None:
+    assert said(*words) is None
+
+
+@pytest.mark.parametrize("name", ["aws-p5", "aws-p5en", "azure-ndv5", "dgx-h100", "gcp-a3mega", "oci-h100"])
+def test_profiles_of_known_clusters_name_a_gpu_that_the_planner_knows(name: str) -> None:
+    spec = compose(
+        ["recipe=ch4_fsdp", f"cluster={name}", "nodes=1", "args.model=llama_70b"], repository=REPOSITORY
+    )
+    if name == "aws-p5en":
+        assert "nearest that fits" in (check_memory(spec) or "")
+        return
+    with pytest.raises(UserError, match="cannot fit"):
+        check_memory(spec)
+
+
+def test_submit_ends_with_the_line_before_anything_is_made(tmp_path: Path) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\nexit 1\n")
+    sbatch.chmod(0o755)
+    words = ["recipe=ch4_fsdp", "cluster=mine", "nodes=1", "checks.sku=H100 80GB", "args.model=llama_70b"]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "launcher", "submit", *words, f"run_root={tmp_path / 'runs'}"],
+        cwd=REPOSITORY, env={**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}"}, capture_output=True,
+        text=True, check=False, timeout=60,
+    )  # fmt: skip
+    timed, said = [], []
+    for line in done.stderr.splitlines():
+        (timed if line.startswith("import time:") else said).append(line)
+    assert (done.returncode, len(said)) == (2, 1), done.stderr[-500:]
+    assert "cannot fit" in said[0]
+    assert not (tmp_path / "runs").exists()
+    assert not {line.split("|")[-1].strip() for line in timed} & {"torch", "numpy"}
