@@ -37,9 +37,9 @@ class Measurements:
     As a context: leaving it says that the rank is done and closes the files.
     """
 
-    def __init__(self, recipe: str, world: World, steps: int) -> None:
-        """`steps` is how many measurements there will be."""
-        self.directory = run_directory(recipe, world)
+    def __init__(self, recipe: str, world: World, steps: int, directory: Path | None = None) -> None:
+        """`steps` is how many measurements there will be; `directory` the run's, where it is known already."""
+        self.directory = directory or run_directory(recipe, world)
         self._world, self._steps, self._step = world, steps, 0
         self._began = time.time()
         self._heartbeat = Heartbeat(attempt_folder(), world.rank)

@@ -29,6 +29,10 @@ from torch.distributed.tensor import DTensor
 
 from recipes.ch1.baseline import Baseline
 from recipes.ch1.baseline_args import BaselineArgs
+from recipes.ch2.data_parallel import Copies
+from recipes.ch2.data_parallel_args import DataParallelArgs
+from recipes.ch2.tensor_parallel import Split, make_grid
+from recipes.ch2.tensor_parallel_args import TensorParallelArgs
 from recipes.ch3.ddp import Replicated
 from recipes.ch3.ddp_args import DdpArgs
 from recipes.ch4.fsdp import Sharded
@@ -67,6 +71,7 @@ class Case:
     world_size: int
     args: dict[str, Any] = field(default_factory=dict)
     tied: bool = False
+    kv_heads: int = SIZE.kv_heads
     ragged: bool = False
     """Whether a part of the targets is not trained on, more in some sequences than in others."""
     save: bool = False
@@ -88,6 +93,8 @@ TECHNIQUES = {
     "baseline": Kind(BaselineArgs, lambda plan, args: Baseline.build(plan)),
     "ddp": Kind(DdpArgs, Replicated.build),
     "fsdp": Kind(FsdpArgs, Sharded.build),
+    "data_parallel": Kind(DataParallelArgs, Copies.build),
+    "tensor_parallel": Kind(TensorParallelArgs, Split.build, make_grid),
 }
 
 
@@ -189,7 +196,7 @@ def plan_for(case: Case, folder: Path, world: World) -> Plan:
         world=world,
         # Not args.seed: a case that loads begins with other weights, yet trains on the same sequences.
         dataset=data(TokenShards(folder / "data"), sequence_length=SEQUENCE_LENGTH, seed=0),
-        size=dataclasses.replace(SIZE, tied=case.tied),
+        size=dataclasses.replace(SIZE, tied=case.tied, kv_heads=case.kv_heads),
         precision=precision(args.dtype, world.device),
         layout=kind.layout(world, args),
         run_directory=folder / case.name,
