@@ -110,7 +110,8 @@ class Split:
         for parameter in self.model.parameters():
             assert parameter.grad is not None, "every parameter is used"
             if isinstance(parameter, DTensor):
-                # What DTensor leaves of a norm under sequence parallelism is a term of the gradient per rank.
+                # DTensor may leave a term per rank (of a norm, under sequence parallelism), and would then sum the
+                # terms wherever they are read: for the norm of the gradient, and again for the update.
                 parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
                 gradients.append(parameter.grad.to_local())
             else:
