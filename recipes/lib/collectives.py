@@ -152,8 +152,8 @@ def _part(place: Place, elements: int, given: Tensor) -> Tensor:
 
 
 # torch 2.13 gave both a new name and warns of the old one; 2.11 has the old one alone.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def _scatter(place: Place, given: Tensor, out: Tensor) -> None:
@@ -198,7 +198,7 @@ COLLECTIVES: Mapping[str, Collective] = {
             given=_own_part,
             expected=lambda place, count: _from_everybody(ROOT, place, count),
             empty=_whole,
-            run=lambda place, given, out: _all_gather(out, given, group=place.group),
+            run=lambda place, given, out: all_gather_single(out, given, group=place.group),
             senders=lambda place: range(place.size),
         ),
         Collective(
@@ -210,7 +210,7 @@ COLLECTIVES: Mapping[str, Collective] = {
                 summed(0, count, place.size, place.device).chunk(place.size)[place.rank].clone()
             ),
             empty=_part,
-            run=lambda place, given, out: _reduce_scatter(out, given, group=place.group),
+            run=lambda place, given, out: reduce_scatter_single(out, given, group=place.group),
             senders=None,
         ),
         Collective(

@@ -30,8 +30,13 @@ from torch.distributed.tensor import DTensor
 
 from recipes.ch1.baseline import Baseline
 from recipes.ch1.baseline_args import BaselineArgs
+from recipes.ch2.data_parallel import Copies
+from recipes.ch2.data_parallel_args import DataParallelArgs
 from recipes.ch2.pipeline_parallel import Pipeline, make_layout
 from recipes.ch2.pipeline_parallel_args import PipelineParallelArgs
+from recipes.ch2.tensor_parallel import Split
+from recipes.ch2.tensor_parallel import make_grid as make_tensor_grid
+from recipes.ch2.tensor_parallel_args import TensorParallelArgs
 from recipes.ch3.ddp import Replicated
 from recipes.ch3.ddp_args import DdpArgs
 from recipes.ch4.fsdp import Sharded, make_grid
@@ -71,6 +76,7 @@ class Case:
     args: dict[str, Any] = field(default_factory=dict)
     tied: bool = False
     layers: int = SIZE.layers
+    kv_heads: int = SIZE.kv_heads
     ragged: bool = False
     """Whether a part of the targets is not trained on, more in some sequences than in others."""
     save: bool = False
@@ -97,6 +103,8 @@ TECHNIQUES = {
         lambda world, args: make_grid(world, args).layout,
     ),
     "pipeline": Kind(PipelineParallelArgs, Pipeline.build, make_layout),
+    "data_parallel": Kind(DataParallelArgs, Copies.build),
+    "tensor_parallel": Kind(TensorParallelArgs, Split.build, make_tensor_grid),
 }
 
 
@@ -198,7 +206,7 @@ def plan_for(case: Case, folder: Path, world: World) -> Plan:
         world=world,
         # Not args.seed: a case that loads begins with other weights, yet trains on the same sequences.
         dataset=data(TokenShards(folder / "data"), sequence_length=SEQUENCE_LENGTH, seed=0),
-        size=dataclasses.replace(SIZE, tied=case.tied, layers=case.layers),
+        size=dataclasses.replace(SIZE, tied=case.tied, layers=case.layers, kv_heads=case.kv_heads),
         precision=precision(args.dtype, world.device),
         layout=kind.layout(world, args),
         run_directory=folder / case.name,
