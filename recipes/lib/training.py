@@ -37,6 +37,7 @@ from recipes.lib.distributed import (
     run_directory,
     sum_over_ranks,
 )
+from recipes.lib.finite import NotFinite, OwnNumbers
 from recipes.lib.flops import flops_per_token, parameter_count
 from recipes.lib.heartbeat import Heartbeat
 from recipes.lib.layout import Layout
@@ -204,12 +205,13 @@ def train(plan: Plan, technique: Technique) -> None:
         say=metrics.say,
     )
     own = OwnTime(technique.model, world.device)
+    numbers = OwnNumbers(technique.model)
     reason = OF_THIS_PROCESS.agreed(world.rank, attempt_folder())
     with attention_backends(world.device), saver:
         metrics.start(progress.tokens)
         while progress.step < args.steps and reason is None:
             step = progress.step + 1
-            loss, grad_norm = optimizer_step(plan, technique, step, own)
+            loss, grad_norm = optimizer_step(plan, technique, step, own, numbers)
             own.step_is_over()
             progress = dataclasses.replace(
                 progress,
@@ -225,12 +227,16 @@ def train(plan: Plan, technique: Technique) -> None:
             saved = is_saved(step, args) or (reason is not None and args.save_every >= 0)
             # Also before each save: a loss that is no number raises, and such a model must not be saved.
             if step == args.steps or step % args.log_every == 0 or saved:
-                value = loss.item()
+                value, norm = loss.item(), grad_norm.item()
+                if not (math.isfinite(value) and math.isfinite(norm)):
+                    saver.wait()
+                    raise NotFinite(f"{numbers.first_wrong(world)}; {_what_is_left(plan, saver)}")
+                numbers.forget()
                 metrics.log(
                     step=step,
                     tokens=progress.tokens,
                     loss=value,
-                    grad_norm=grad_norm.item(),
+                    grad_norm=norm,
                     lr=learning_rate(step, args),
                 )
                 progress = dataclasses.replace(progress, best_loss=min(value, progress.best_loss or value))
@@ -259,10 +265,20 @@ def is_saved(step: int, args: TrainArgs) -> bool:
     return step == args.steps or (args.save_every > 0 and step % args.save_every == 0)
 
 
-def optimizer_step(plan: Plan, technique: Technique, step: int, own: OwnTime) -> tuple[Tensor, Tensor]:
+def _what_is_left(plan: Plan, saver: Saver) -> str:
+    """Where a run that must not be saved any more can go on from."""
+    name = f"step-{saver.newest_saved:08d}" if saver.newest_saved is not None else None
+    if name is None and plan.resume_from is not None:
+        name = plan.resume_from.name
+    return f"the last good checkpoint is {name}" if name else "there is no checkpoint of before"
+
+
+def optimizer_step(
+    plan: Plan, technique: Technique, step: int, own: OwnTime, numbers: OwnNumbers | None = None
+) -> tuple[Tensor, Tensor]:
     """Optimizer step `step` (from 1): mean loss and gradient norm of the global batch, on every rank.
 
-    `own` measures what this rank does without waiting for the others.
+    `own` measures what this rank does without waiting for the others, `numbers` keeps what it computed.
     """
     args, layout = plan.args, plan.layout
     with own.input():
@@ -275,7 +291,11 @@ def optimizer_step(plan: Plan, technique: Technique, step: int, own: OwnTime) ->
     with own.update():
         technique.optimizer.step()
     technique.optimizer.zero_grad()
-    return sum_over_ranks(loss_sum, layout.data_group) / token_count, grad_norm
+    own_loss = loss_sum.clone()  # the sum over ranks replaces it
+    loss = sum_over_ranks(loss_sum, layout.data_group) / token_count
+    if numbers is not None:
+        numbers.keep(step, own_loss, loss, grad_norm)
+    return loss, grad_norm
 
 
 def microbatches(plan: Plan, step: int) -> list[Microbatch]:
@@ -303,8 +323,8 @@ def recipe_main(body: Callable[[], None]) -> Callable[[], None]:
     """Decorator of a recipe's `main`: how its errors leave the process.
 
     What a person has to set right (arguments, the launch, data that nodes do not share, another run's
-    checkpoint) is one line on stderr and exit status 2: trying again would change nothing. A run that was
-    asked to stop leaves with STOPPED_EXIT. Everything else keeps its traceback, and torchrun's agent gets it
+    checkpoint) is one line on stderr and exit status 2: trying again would change nothing. So is a loss that is no
+    number, with status 1: it may come from one device. A run that was asked to stop leaves with STOPPED_EXIT. Everything else keeps its traceback, and torchrun's agent gets it
     too (`record`), so that its summary names the rank that failed first instead of the ones that were killed
     after it.
     """
@@ -315,6 +335,12 @@ def recipe_main(body: Callable[[], None]) -> Callable[[], None]:
         with one_line_errors():
             try:
                 record(body)()
+            except (
+                NotFinite
+            ) as error:  # the same on every rank; trying again may help: it may be a device's fault
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                raise SystemExit(1) from error
             except LaunchError as error:  # about this rank, or its node
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 raise SystemExit(2) from error
