@@ -16,9 +16,10 @@ import os
 import random
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ from recipes.lib.layout import Layout
 from recipes.lib.metrics import Metrics
 from recipes.lib.model import IGNORE, Transformer, materialize
 from recipes.lib.model_sizes import SIZES, ModelSize
-from recipes.lib.optimizer import clip_gradients, learning_rate, set_learning_rate
+from recipes.lib.optimizer import clip_gradients, learning_rate, own_part, set_learning_rate
 from recipes.lib.own_time import OwnTime
 from recipes.lib.parallelism import Precision, attention_backends, precision
 from recipes.lib.pretrained import check_init_from, load_pretrained
@@ -74,6 +75,17 @@ class Technique(Protocol):
         parameter's (or shard's) `.grad` is the gradient of the global mean loss: the sum over all microbatches
         of all ranks, divided by `token_count`, the number of tokens in the global batch.
         """
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A technique with numbers of its own that a resumed run goes on with, the same on every rank."""
+
+    def memory(self) -> dict[str, float]:
+        """What the checkpoint keeps."""
+
+    def recall(self, memory: dict[str, float]) -> None:
+        """What it kept; empty where it was another technique's."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +198,8 @@ def train(plan: Plan, technique: Technique) -> None:
         keep_tokenizer(plan.dataset.folder, plan.run_directory)
     if plan.resume_from is not None:
         progress = checkpoint.load(plan.resume_from, trained, world)
+        if isinstance(technique, Remembering):
+            technique.recall(progress.technique)
     compute = str(plan.precision.compute).removeprefix("torch.")
     metrics.say(
         f"{plan.recipe}: {args.model}, {parameter_count(plan.size) / 1e6:,.1f}M parameters, {compute}, on "
@@ -242,6 +256,8 @@ def train(plan: Plan, technique: Technique) -> None:
                 progress = dataclasses.replace(progress, best_loss=min(value, progress.best_loss or value))
             if saved:
                 heartbeat.beat(step, "save")
+                if isinstance(technique, Remembering):
+                    progress = dataclasses.replace(progress, technique=technique.memory())
                 with metrics.paused():
                     saver.save(progress)
         last = saver.wait()
@@ -288,7 +304,8 @@ def optimizer_step(
     loss_sum = technique.accumulate_gradients(batches, token_count)
     grad_norm = clip_gradients(technique.model, args.clip_norm, layout.stage_group)
     set_learning_rate(technique.optimizer, learning_rate(step, args))
-    with own.update():
+    # A sharded optimizer also sends what it has updated: a wait for others, which is not this rank's own time.
+    with own.update() if own_part(technique.optimizer) is technique.optimizer else nullcontext():
         technique.optimizer.step()
     technique.optimizer.zero_grad()
     own_loss = loss_sum.clone()  # the sum over ranks replaces it
@@ -296,6 +313,12 @@ def optimizer_step(
     if numbers is not None:
         numbers.keep(step, own_loss, loss, grad_norm)
     return loss, grad_norm
+
+
+def microbatch_count(args: TrainArgs, layout: Layout) -> int:
+    """Forward passes of a rank in one optimizer step."""
+    largest_share = math.ceil(args.batch_size / layout.data_size)
+    return math.ceil(largest_share / min(args.microbatch_size or largest_share, largest_share))
 
 
 def microbatches(plan: Plan, step: int) -> list[Microbatch]:
@@ -308,7 +331,7 @@ def microbatches(plan: Plan, step: int) -> list[Microbatch]:
     args, world, layout = plan.args, plan.world, plan.layout
     largest_share = math.ceil(args.batch_size / layout.data_size)
     rows = min(args.microbatch_size or largest_share, largest_share)
-    count = math.ceil(largest_share / rows)
+    count = microbatch_count(args, layout)
     tokens_BS, targets_BS = plan.dataset.batch(step - 1, layout.data_rank, layout.data_size, args.batch_size)
     missing = count * rows - len(tokens_BS)
     tokens_BS = nn.functional.pad(tokens_BS, (0, 0, 0, missing), value=0)

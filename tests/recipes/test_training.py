@@ -19,7 +19,7 @@ from recipes.ch1.baseline import Baseline
 from recipes.lib import checkpoint, manifest, metrics
 from recipes.lib.arguments import TrainArgs
 from recipes.lib.distributed import LaunchError, World, alone, world_from_environment
-from recipes.lib.finite import Account, NotFinite, blame
+from recipes.lib.finite import NotFinite
 from recipes.lib.flops import FlopsPerToken
 from recipes.lib.layout import Layout
 from recipes.lib.metrics import Metrics
