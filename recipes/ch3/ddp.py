@@ -46,7 +46,9 @@ class Replicated:
         if args.static_graph and (count := microbatch_count(args, plan.layout)) > 1:
             # It would stop summing gradients over ranks after the first step, and say nothing
             # (github.com/pytorch/pytorch/pull/187732).
-            problem = f"wants one microbatch a step, this run has {count}: torch cannot do it together with no_sync"
+            problem = (
+                f"wants one microbatch a step, this run has {count}: torch cannot do it together with no_sync"
+            )
             raise ArgumentError("static_graph", "true", problem)
         with torch.device("meta"):  # no memory yet: shapes only
             model = Transformer(plan.size)

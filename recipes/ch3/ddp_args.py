@@ -30,7 +30,9 @@ class DdpArgs(TrainArgs):
         "how gradients travel: rounded to 16 bits (bfloat16 wants NCCL), or as PowerSGD's low-rank factors",
         ("none", "float16", "bfloat16", "power_sgd"),
     )
-    power_sgd_rank: int = argument(2, "rank of PowerSGD's factors: larger is nearer, and more bytes", minimum=1)
+    power_sgd_rank: int = argument(
+        2, "rank of PowerSGD's factors: larger is nearer, and more bytes", minimum=1
+    )
     power_sgd_start: int = argument(
         10, "steps whose gradients travel whole before PowerSGD begins, also after a resume", minimum=2
     )
@@ -38,15 +40,20 @@ class DdpArgs(TrainArgs):
         False, "promise that every step uses the same parameters: DDP stops looking for unused ones"
     )
     optimizer_sharding: bool = argument(
-        False, "each rank updates a part of the parameters and keeps AdamW's moments of that part only (ZeRO 1)"
+        False,
+        "each rank updates a part of the parameters and keeps AdamW's moments of that part only (ZeRO 1)",
     )
     profile: int = argument(
-        0, f"steps to trace after the first {UNTRACED_STEPS}: how much of the all-reduces is hidden", minimum=0
+        0,
+        f"steps to trace after the first {UNTRACED_STEPS}: how much of the all-reduces is hidden",
+        minimum=0,
     )
 
     def __post_init__(self) -> None:
         if self.dtype == "float16" and self.compression == "power_sgd":
-            problem = "an overflow of dtype=float16 would stay in its error feedback for ever; take dtype=bfloat16"
+            problem = (
+                "an overflow of dtype=float16 would stay in its error feedback for ever; take dtype=bfloat16"
+            )
             raise ArgumentError("compression", self.compression, problem)
         if self.profile and self.steps < self.profile + UNTRACED_STEPS:
             problem = f"wants steps={self.profile + UNTRACED_STEPS} or more; steps={self.steps}"

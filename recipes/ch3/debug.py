@@ -76,11 +76,16 @@ def let_happen(fault: str, args: DebugArgs, world: World, folder: Path) -> dict[
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TESTIMONY": str(file),
     }
-    words = [f"fault={fault}", *(f"{name}={getattr(args, name)}" for name in ("rank", "step", "seconds", "device"))]
+    words = [
+        f"fault={fault}",
+        *(f"{name}={getattr(args, name)}" for name in ("rank", "step", "seconds", "device")),
+    ]
     with log.open("w") as output:
         command = [sys.executable, "-m", "recipes.ch3.faulty", *words]
         limit = SECONDS_TO_START + 10 * args.seconds
-        ended = subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=limit, check=False)
+        ended = subprocess.run(
+            command, env=environment, stdout=output, stderr=output, timeout=limit, check=False
+        )
     mine = read(file, log, ended.returncode)
     everyone = [mine] * world.size
     dist.all_gather_object(everyone, mine, group=world.patient)
@@ -111,7 +116,9 @@ def diagnose(fault: str, args: DebugArgs, testimonies: dict[int, Testimony]) -> 
 
 def report(fault: str, finding: Finding, args: DebugArgs, testimonies: dict[int, Testimony]) -> str:
     """How each rank ended, and what the tool says of it."""
-    seen = [f"rank {rank} {each.end} at {each.line or 'an unknown line'}" for rank, each in testimonies.items()]
+    seen = [
+        f"rank {rank} {each.end} at {each.line or 'an unknown line'}" for rank, each in testimonies.items()
+    ]
     rows = [
         *(("ends" if number == 0 else "", line) for number, line in enumerate(seen)),
         ("tool", finding.tool),

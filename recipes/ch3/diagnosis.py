@@ -58,18 +58,25 @@ _FINGERPRINT = re.compile(
 _UNUSED = re.compile(r"did not receive grad for rank (?P<rank>\d+): (?P<names>[a-z][^\n]*)")
 _NOT_REACHED = re.compile(r"Ranks? (?P<ranks>[\d, ]+) failed to pass monitoredBarrier in (?P<limit>\d+) ms")
 _NOT_A_NUMBER = re.compile(r"Function '(?P<function>\w+)' returned nan values")
-_MADE_IN = re.compile(r'File "[^"]*?(?P<file>recipes/ch3/\w+\.py)", line (?P<line>\d+), in (?P<function>\w+)\n +(?P<text>.*)')
+_MADE_IN = re.compile(
+    r'File "[^"]*?(?P<file>recipes/ch3/\w+\.py)", line (?P<line>\d+), in (?P<function>\w+)\n +(?P<text>.*)'
+)
 
 
 def by_comparison(testimonies: Mapping[int, Testimony]) -> Finding:
     """TORCH_DISTRIBUTED_DEBUG=DETAIL: before every collective the ranks compare what each is about to call."""
     calls = {
-        int(found["rank"]): found for each in testimonies.values() for found in _FINGERPRINT.finditer(each.said)
+        int(found["rank"]): found
+        for each in testimonies.values()
+        for found in _FINGERPRINT.finditer(each.said)
     }
     shapes = {rank: found["shape"] for rank, found in calls.items()}
     if not shapes:
         raise NotNamed("no rank was told of a mismatch")
-    usual = max(shapes.values(), key=lambda shape: (list(shapes.values()).count(shape), _was_usual(shape, testimonies)))
+    usual = max(
+        shapes.values(),
+        key=lambda shape: (list(shapes.values()).count(shape), _was_usual(shape, testimonies)),
+    )
     rank = _only(rank for rank, shape in shapes.items() if shape != usual)
     found = calls[rank]
     return Finding(
@@ -125,14 +132,18 @@ def by_monitored_barrier(testimonies: Mapping[int, Testimony]) -> Finding:
         raise NotNamed("all ranks reached the barrier")
     rank = _only(int(word) for word in found["ranks"].split(","))
     called_at = testimonies[0].line if rank else testimonies[1].line
-    return Finding("monitored barrier", rank, "the monitored barrier", called_at, testimonies[rank].line, found[0])
+    return Finding(
+        "monitored barrier", rank, "the monitored barrier", called_at, testimonies[rank].line, found[0]
+    )
 
 
 def by_anomaly_detection(testimonies: Mapping[int, Testimony]) -> Finding:
     """torch.autograd.set_detect_anomaly: looks at every gradient and remembers which forward call it belongs to."""
     found = {rank: match for rank, each in testimonies.items() if (match := _NOT_A_NUMBER.search(each.said))}
     rank = _only(found)
-    forward = testimonies[rank].log.partition("Traceback of forward call")[2].partition("(Triggered internally")[0]
+    forward = (
+        testimonies[rank].log.partition("Traceback of forward call")[2].partition("(Triggered internally")[0]
+    )
     made = list(_MADE_IN.finditer(forward))
     if not made:
         raise NotNamed(f"rank {rank}: no traceback of the forward call in its log")

@@ -47,14 +47,18 @@ class Tiny(nn.Module):
 def train(args: DebugArgs, world: World, alarm: Alarm) -> None:
     """Some steps, one of them with the fault."""
     gradients = dist.new_group(group_desc="gradients")
-    reached = dist.new_group(group_desc="reached", backend="gloo")  # the one backend that has monitored barriers
+    reached = dist.new_group(
+        group_desc="reached", backend="gloo"
+    )  # the one backend that has monitored barriers
     torch.manual_seed(0)
     model = DistributedDataParallel(Tiny().to(world.device), process_group=gradients)
     if args.fault == "mismatched_shapes":
         # From here on, and not from the start by TORCH_DISTRIBUTED_DEBUG=DETAIL: with that, torch 2.13 dies of a
         # segmentation fault where DistributedDataParallel is made over gloo.
         dist.set_debug_level(dist.DebugLevel.DETAIL)
-    figures = dist.new_group(group_desc="figures")  # in detail, every call in it is compared among the ranks first
+    figures = dist.new_group(
+        group_desc="figures"
+    )  # in detail, every call in it is compared among the ranks first
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     torch.manual_seed(world.rank)
     torch.autograd.set_detect_anomaly(args.fault == "nan_on_one_rank")
@@ -125,7 +129,9 @@ class Witness:
     def leave(self, status: int) -> None:
         """End the process when all ranks have testified: the end of one would break the connections of the others."""
         until = time.monotonic() + 2 * self._seconds
-        while len(list(self._file.parent.glob("testimony-*.json"))) < self._ranks and time.monotonic() < until:
+        while (
+            len(list(self._file.parent.glob("testimony-*.json"))) < self._ranks and time.monotonic() < until
+        ):
             time.sleep(0.05)
         sys.stdout.flush()
         sys.stderr.flush()

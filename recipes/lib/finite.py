@@ -93,11 +93,13 @@ def blame(accounts: Sequence[Account]) -> str:
     """The ranks whose own numbers are wrong, by the accounts of all. Pure."""
     losses = [rank for rank, account in enumerate(accounts) if not math.isfinite(account.loss)]
     if losses:
-        return f"first wrong on {_named(losses, accounts)}: the loss of its own sequences is {accounts[losses[0]].loss:g}"
+        own = accounts[losses[0]].loss
+        return f"first wrong on {_named(losses, accounts)}: the loss of its own sequences is {own:g}"
     gradients = [rank for rank, account in enumerate(accounts) if not account.gradient_is_finite]
     if gradients:
-        return f"first wrong on {_named(gradients, accounts)}: its own loss is finite, its backward pass made the gradient"
-    return "no rank is to blame: each one's own loss and activations are finite, their sum or the weights' gradient is not"
+        named = _named(gradients, accounts)
+        return f"first wrong on {named}: its own loss is finite, its backward pass made the gradient"
+    return "no rank is to blame: the loss and the activations' gradients of each are finite"
 
 
 def _named(ranks: Sequence[int], accounts: Sequence[Account]) -> str:

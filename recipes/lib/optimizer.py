@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 from recipes.lib.arguments import TrainArgs
@@ -31,6 +30,9 @@ def build_optimizer(model: nn.Module, args: TrainArgs, sharded: bool = False) ->
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     if sharded:
+        # Here, not above: its package compiles a dozen optimizers at import, seconds that no other recipe should pay.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=args.peak_lr, betas=BETAS, fused=True)
     return torch.optim.AdamW(groups, lr=args.peak_lr, betas=BETAS, fused=True)
 
@@ -40,7 +42,8 @@ def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
     ZeroRedundancyOptimizer's own way to save collects all moments on one rank, where they need not fit.
     """
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def learning_rate(step: int, args: TrainArgs) -> float:

@@ -151,7 +151,9 @@ def traced(optimizer: torch.optim.Optimizer, plan: Plan, *, skip: int, steps: in
         if world.size > 1:
             dist.all_gather_object(everyone, mine, group=world.patient)
         if world.is_first:
-            (path.parent / "overlap.json").write_text(json.dumps([asdict(each) for each in everyone], indent=1))
+            (path.parent / "overlap.json").write_text(
+                json.dumps([asdict(each) for each in everyone], indent=1)
+            )
             say(f"overlap of {steps} steps, per step; traces are in {path.parent}")
             say(_shown(everyone, steps))
 

@@ -347,9 +347,9 @@ def recipe_main(body: Callable[[], None]) -> Callable[[], None]:
 
     What a person has to set right (arguments, the launch, data that nodes do not share, another run's
     checkpoint) is one line on stderr and exit status 2: trying again would change nothing. So is a loss that is no
-    number, with status 1: it may come from one device. A run that was asked to stop leaves with STOPPED_EXIT. Everything else keeps its traceback, and torchrun's agent gets it
-    too (`record`), so that its summary names the rank that failed first instead of the ones that were killed
-    after it.
+    number, with status 1: it may come from one device. A run that was asked to stop leaves with STOPPED_EXIT.
+    Everything else keeps its traceback, and torchrun's agent gets it too (`record`), so that its summary names the
+    rank that failed first instead of the ones that were killed after it.
     """
 
     @functools.wraps(body)

@@ -119,7 +119,10 @@ def compressed_cases(world_size: int) -> list[Case]:
         "power-sgd": {"compression": "power_sgd", "power_sgd_rank": 2, "power_sgd_start": 2},
         "power-sgd-of-full-rank": {"compression": "power_sgd", "power_sgd_rank": 64, "power_sgd_start": 2},
     }
-    return [Case(f"ddp-{name}-x{world_size}", "ddp", world_size, args={**common, **args}) for name, args in ways.items()]
+    return [
+        Case(f"ddp-{name}-x{world_size}", "ddp", world_size, args={**common, **args})
+        for name, args in ways.items()
+    ]
 
 
 def reference_of(case: Case) -> str:
@@ -299,7 +302,10 @@ def test_a_compiled_layer_stays_one_graph_inside_of_ddp(
     ("args", "line"),
     [
         ({"compression": "bfloat16"}, "compression=bfloat16: wants NCCL, that is GPUs; gloo sums float16"),
-        ({"compression": "power_sgd", "bucket_mb": 0.1}, "bucket_mb=0.1: wants 0.5 or more, one bucket for all"),
+        (
+            {"compression": "power_sgd", "bucket_mb": 0.1},
+            "bucket_mb=0.1: wants 0.5 or more, one bucket for all",
+        ),
     ],
 )
 def test_what_gloo_cannot_compress_is_refused(
@@ -314,7 +320,10 @@ def test_what_gloo_cannot_compress_is_refused(
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        ({"dtype": "float16", "compression": "power_sgd"}, "compression=power_sgd: an overflow of dtype=float16"),
+        (
+            {"dtype": "float16", "compression": "power_sgd"},
+            "compression=power_sgd: an overflow of dtype=float16",
+        ),
         ({"steps": 5, "profile": 3}, "profile=3: wants steps=6 or more; steps=5"),
     ],
 )
@@ -326,7 +335,9 @@ def test_arguments_that_cannot_go_together(args: dict[str, Any], line: str) -> N
 def test_a_static_graph_is_refused_with_several_microbatches(tmp_path: Path, one_rank: World) -> None:
     make_data(tmp_path / "data")
     plan = plan_for(Case("static", "ddp", 1, args={**MICROBATCHES, "static_graph": True}), tmp_path, one_rank)
-    with pytest.raises(ArgumentError, match=r"static_graph=true: wants one microbatch a step, this run has 3"):
+    with pytest.raises(
+        ArgumentError, match=r"static_graph=true: wants one microbatch a step, this run has 3"
+    ):
         Replicated.build(plan, plan.args)
 
 
