@@ -159,6 +159,8 @@ _KILLED_UNDER_TORCHRUN = re.compile(
 )
 """torchrun's agent outlives a worker that was killed. Its summary (ChildFailedError, in its log) names it; others that
 the agent itself had to kill afterwards stand above as "Other Failures"."""
+_NOT_FINITE = re.compile(r"first wrong on rank (?P<rank>\d+)")
+"""What every rank of a training run raises alike, about the one that made the number (recipes/lib/finite.py)."""
 _CRASHES = frozenset({"Segmentation fault", "Aborted", "Illegal instruction", "Floating point exception"})
 """Ends by a signal that the program brought on itself; a kill from outside is none of them."""
 
@@ -191,7 +193,10 @@ def classify(ending: Ending) -> Outcome:
 
 def first_error(errors: Sequence[RankError]) -> RankError | None:
     """The rank that failed first: later ones mostly report that a peer closed its connection."""
-    return min(errors, key=lambda error: error.time, default=None)
+    first = min(errors, key=lambda error: error.time, default=None)
+    if first is None or first.type != "NotFinite" or (named := _NOT_FINITE.search(first.message)) is None:
+        return first
+    return next((error for error in errors if error.rank == int(named["rank"])), first)
 
 
 def sign_of(line: str) -> Cause | None:

@@ -24,10 +24,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import filesystem, state_dict_loader
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from recipes.lib import manifest
 from recipes.lib.distributed import SECONDS_UNTIL_VISIBLE, World, from_first
+from recipes.lib.optimizer import own_part
 
 # Flat: the optimizer's state under parameter names instead of per group, which another technique may number
 # otherwise.
@@ -75,6 +81,8 @@ class Progress:
     """The data cursor: position of the next sequence in the global order."""
     best_loss: float | None = None
     """Lowest loss that was logged."""
+    technique: dict[str, float] = field(default_factory=dict)
+    """What the technique goes on with, such as the number by which a loss is scaled."""
 
 
 @dataclass(frozen=True)
@@ -187,13 +195,18 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
     if random_key not in filesystem.FileSystemReader(folder).read_metadata().state_dict_metadata:
         del state[random_key]
     state = _load(state, folder, world)
-    set_state_dict(
-        trained.model,
-        trained.optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=_OPTIONS,
-    )
+    if own_part(trained.optimizer) is trained.optimizer:
+        set_state_dict(
+            trained.model,
+            trained.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=_OPTIONS,
+        )
+    else:
+        # The moments are loaded already, in place. torch cannot take them apart into a sharded optimizer's groups,
+        # of which one may have no parameter on this rank; what else is in there, every step sets or the arguments say.
+        set_model_state_dict(trained.model, state["model"], options=_OPTIONS)
     if random_key in state:
         _set_random_state(state[random_key], world)
     return Progress(**json.loads(state["progress"]))
@@ -213,7 +226,7 @@ def state_of(trained: Trained, progress: Progress, world: World) -> dict[str, An
     Values that are no tensors are JSON or bytes, one key each: torch.distributed.checkpoint takes nested ones
     apart, and a later field would be a missing key in every older checkpoint.
     """
-    model, optimizer = get_state_dict(trained.model, trained.optimizer, options=_OPTIONS)
+    model, optimizer = get_state_dict(trained.model, own_part(trained.optimizer), options=_OPTIONS)
     return {
         "model": model,
         "optimizer": optimizer,

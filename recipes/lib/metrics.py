@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +18,8 @@ from recipes.lib.lines import Lines
 METRICS_FILE = "metrics.jsonl"
 
 
-class NotFinite(Exception):
-    """The loss or the gradient is nan or infinite: going on would train on nothing and save it."""
-
-
 class Metrics:
-    """Rank 0 writes; on the other ranks every call does nothing but check.
+    """Rank 0 writes; on the other ranks every call does nothing.
 
     Rates are over the time since the line before, without what `paused` encloses. `mfu` is by the `full`
     convention of `flops` (torchtitan's and MaxText's), and absent where the device's peak is unknown or the
@@ -62,9 +57,7 @@ class Metrics:
         self._began += time.perf_counter() - paused
 
     def log(self, *, step: int, tokens: int, loss: float, grad_norm: float, lr: float) -> None:
-        """One step's line. `tokens` is the total of the run. Raises NotFinite, on every rank alike."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NotFinite(f"step {step}: loss {loss}, gradient norm {grad_norm}; lr was {lr:g}")
+        """One step's line. `tokens` is the total of the run."""
         assert self._tokens_before is not None, "start() comes first"
         now = time.perf_counter()
         rate = (tokens - self._tokens_before) / (now - self._began)

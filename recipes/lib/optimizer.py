@@ -18,13 +18,20 @@ BETAS = (0.9, 0.95)
 """Llama's; with the usual 0.999 the second moment remembers the first, wild steps for too long."""
 
 
-def build_optimizer(model: nn.Module, args: TrainArgs) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, args: TrainArgs, sharded: bool = False) -> torch.optim.Optimizer:
     """AdamW over all parameters of `model`, which must be sharded already; decay for matrices only.
 
     Fused: one kernel updates many parameters and allocates nothing, where the default's temporaries are
-    as large as the parameters.
+    as large as the parameters. `sharded`: the parameters are whole on every rank, each one is updated by one rank,
+    which alone has its moments, and sent to the others.
     """
-    return torch.optim.AdamW(parameter_groups(model, args), lr=args.peak_lr, betas=BETAS, fused=True)
+    groups = parameter_groups(model, args)
+    if sharded:
+        # Here, not above: its package compiles a dozen optimizers at import, seconds that no other recipe should pay.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=args.peak_lr, betas=BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=args.peak_lr, betas=BETAS, fused=True)
 
 
 def parameter_groups(model: nn.Module, args: TrainArgs) -> list[dict[str, Any]]:
@@ -34,6 +41,15 @@ def parameter_groups(model: nn.Module, args: TrainArgs) -> list[dict[str, Any]]:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that has this rank's moments: `optimizer` itself, or where it is sharded what is in it.
+
+    ZeroRedundancyOptimizer's own way to save collects all moments on one rank, where they need not fit.
+    """
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def learning_rate(step: int, args: TrainArgs) -> float:

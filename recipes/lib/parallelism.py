@@ -40,11 +40,17 @@ def precision(dtype: str, device: torch.device) -> Precision:
     """What the argument `dtype` means on `device`.
 
     Master parameters stay in float32 under bfloat16: an update of 1e-4 of a weight is below bfloat16's
-    resolution (1/256) and would round to nothing.
+    resolution (1/256) and would round to nothing. Under float16 they do, too, and the loss has to be scaled
+    (loss_scale.py).
     """
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    compute = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[dtype]
+    compute = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float64": torch.float64,
+    }[dtype]
     return Precision(compute, master=torch.float64 if compute == torch.float64 else torch.float32)
 
 

@@ -93,6 +93,8 @@ class Saver:
         self._lines = Lines(run_directory / ANNOUNCEMENTS_FILE) if world.is_first else None
         self._thread: threading.Thread | None = None
         self._outcome: Saved | None = None
+        self.newest_saved: int | None = None
+        """The step of the newest checkpoint that this attempt has written."""
         self._error: Exception | None = None
 
     def __enter__(self) -> Saver:
@@ -162,6 +164,7 @@ class Saver:
             try:
                 written = write_checkpoint(state, description, self._run_directory, world, group)
                 outcome = Saved(step, "saved", bytes=written.size)
+                self.newest_saved = step
             except NotSaved as error:
                 outcome = Saved(step, "failed", str(error))
             total = time.perf_counter() - began

@@ -16,9 +16,10 @@ import os
 import random
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,13 +38,14 @@ from recipes.lib.distributed import (
     run_directory,
     sum_over_ranks,
 )
+from recipes.lib.finite import NotFinite, OwnNumbers
 from recipes.lib.flops import flops_per_token, parameter_count
 from recipes.lib.heartbeat import Heartbeat
 from recipes.lib.layout import Layout
 from recipes.lib.metrics import Metrics
 from recipes.lib.model import IGNORE, Transformer, materialize
 from recipes.lib.model_sizes import SIZES, ModelSize
-from recipes.lib.optimizer import clip_gradients, learning_rate, set_learning_rate
+from recipes.lib.optimizer import clip_gradients, learning_rate, own_part, set_learning_rate
 from recipes.lib.own_time import OwnTime
 from recipes.lib.parallelism import Precision, attention_backends, precision
 from recipes.lib.pretrained import check_init_from, load_pretrained
@@ -73,6 +75,17 @@ class Technique(Protocol):
         parameter's (or shard's) `.grad` is the gradient of the global mean loss: the sum over all microbatches
         of all ranks, divided by `token_count`, the number of tokens in the global batch.
         """
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A technique with numbers of its own that a resumed run goes on with, the same on every rank."""
+
+    def memory(self) -> dict[str, float]:
+        """What the checkpoint keeps."""
+
+    def recall(self, memory: dict[str, float]) -> None:
+        """What it kept; empty where it was another technique's."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +198,8 @@ def train(plan: Plan, technique: Technique) -> None:
         keep_tokenizer(plan.dataset.folder, plan.run_directory)
     if plan.resume_from is not None:
         progress = checkpoint.load(plan.resume_from, trained, world)
+        if isinstance(technique, Remembering):
+            technique.recall(progress.technique)
     compute = str(plan.precision.compute).removeprefix("torch.")
     metrics.say(
         f"{plan.recipe}: {args.model}, {parameter_count(plan.size) / 1e6:,.1f}M parameters, {compute}, on "
@@ -204,12 +219,13 @@ def train(plan: Plan, technique: Technique) -> None:
         say=metrics.say,
     )
     own = OwnTime(technique.model, world.device)
+    numbers = OwnNumbers(technique.model)
     reason = OF_THIS_PROCESS.agreed(world.rank, attempt_folder())
     with attention_backends(world.device), saver:
         metrics.start(progress.tokens)
         while progress.step < args.steps and reason is None:
             step = progress.step + 1
-            loss, grad_norm = optimizer_step(plan, technique, step, own)
+            loss, grad_norm = optimizer_step(plan, technique, step, own, numbers)
             own.step_is_over()
             progress = dataclasses.replace(
                 progress,
@@ -225,17 +241,23 @@ def train(plan: Plan, technique: Technique) -> None:
             saved = is_saved(step, args) or (reason is not None and args.save_every >= 0)
             # Also before each save: a loss that is no number raises, and such a model must not be saved.
             if step == args.steps or step % args.log_every == 0 or saved:
-                value = loss.item()
+                value, norm = loss.item(), grad_norm.item()
+                if not (math.isfinite(value) and math.isfinite(norm)):
+                    saver.wait()
+                    raise NotFinite(f"{numbers.first_wrong(world)}; {_what_is_left(plan, saver)}")
+                numbers.forget()
                 metrics.log(
                     step=step,
                     tokens=progress.tokens,
                     loss=value,
-                    grad_norm=grad_norm.item(),
+                    grad_norm=norm,
                     lr=learning_rate(step, args),
                 )
                 progress = dataclasses.replace(progress, best_loss=min(value, progress.best_loss or value))
             if saved:
                 heartbeat.beat(step, "save")
+                if isinstance(technique, Remembering):
+                    progress = dataclasses.replace(progress, technique=technique.memory())
                 with metrics.paused():
                     saver.save(progress)
         last = saver.wait()
@@ -259,10 +281,20 @@ def is_saved(step: int, args: TrainArgs) -> bool:
     return step == args.steps or (args.save_every > 0 and step % args.save_every == 0)
 
 
-def optimizer_step(plan: Plan, technique: Technique, step: int, own: OwnTime) -> tuple[Tensor, Tensor]:
+def _what_is_left(plan: Plan, saver: Saver) -> str:
+    """Where a run that must not be saved any more can go on from."""
+    name = f"step-{saver.newest_saved:08d}" if saver.newest_saved is not None else None
+    if name is None and plan.resume_from is not None:
+        name = plan.resume_from.name
+    return f"the last good checkpoint is {name}" if name else "there is no checkpoint of before"
+
+
+def optimizer_step(
+    plan: Plan, technique: Technique, step: int, own: OwnTime, numbers: OwnNumbers | None = None
+) -> tuple[Tensor, Tensor]:
     """Optimizer step `step` (from 1): mean loss and gradient norm of the global batch, on every rank.
 
-    `own` measures what this rank does without waiting for the others.
+    `own` measures what this rank does without waiting for the others, `numbers` keeps what it computed.
     """
     args, layout = plan.args, plan.layout
     with own.input():
@@ -272,10 +304,15 @@ def optimizer_step(plan: Plan, technique: Technique, step: int, own: OwnTime) ->
     loss_sum = technique.accumulate_gradients(batches, token_count)
     grad_norm = clip_gradients(technique.model, args.clip_norm, layout.stage_group)
     set_learning_rate(technique.optimizer, learning_rate(step, args))
-    with own.update():
+    # A sharded optimizer also sends what it has updated: a wait for others, which is not this rank's own time.
+    with own.update() if own_part(technique.optimizer) is technique.optimizer else nullcontext():
         technique.optimizer.step()
     technique.optimizer.zero_grad()
-    return sum_over_ranks(loss_sum, layout.data_group) / token_count, grad_norm
+    own_loss = loss_sum.clone()  # the sum over ranks replaces it
+    loss = sum_over_ranks(loss_sum, layout.data_group) / token_count
+    if numbers is not None:
+        numbers.keep(step, own_loss, loss, grad_norm)
+    return loss, grad_norm
 
 
 def microbatches(plan: Plan, step: int) -> list[Microbatch]:
@@ -308,10 +345,10 @@ def recipe_main(body: Callable[[], None]) -> Callable[[], None]:
     """Decorator of a recipe's `main`: how its errors leave the process.
 
     What a person has to set right (arguments, the launch, data that nodes do not share, another run's
-    checkpoint) is one line on stderr and exit status 2: trying again would change nothing. A run that was
-    asked to stop leaves with STOPPED_EXIT. Everything else keeps its traceback, and torchrun's agent gets it
-    too (`record`), so that its summary names the rank that failed first instead of the ones that were killed
-    after it.
+    checkpoint) is one line on stderr and exit status 2: trying again would change nothing. So is a loss that is no
+    number, with status 1: it may come from one device. A run that was asked to stop leaves with STOPPED_EXIT.
+    Everything else keeps its traceback, and torchrun's agent gets it too (`record`), so that its summary names the
+    rank that failed first instead of the ones that were killed after it.
     """
 
     @functools.wraps(body)
@@ -320,6 +357,12 @@ def recipe_main(body: Callable[[], None]) -> Callable[[], None]:
         with one_line_errors():
             try:
                 record(body)()
+            except (
+                NotFinite
+            ) as error:  # the same on every rank; trying again may help: it may be a device's fault
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                raise SystemExit(1) from error
             except LaunchError as error:  # about this rank, or its node
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 raise SystemExit(2) from error

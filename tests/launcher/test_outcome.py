@@ -6,6 +6,7 @@ import pytest
 
 from launcher.outcome import STOPPED_EXIT, Ending, Outcome, RankError, classify
 from launcher.slurm import TaskExit
+from recipes.lib.finite import Account, blame
 
 
 def error(rank: int, time: float, type_: str = "ValueError", message: str = "bad") -> RankError:
@@ -93,6 +94,17 @@ def test_the_first_error_by_time_is_the_cause_and_the_others_are_evidence() -> N
         "user_error", "rank 3 on n2: ValueError: bad shape", 3, "n2",
         ("rank 3 on n2: ValueError: bad shape", "rank 0 on n1: RuntimeError: Connection closed by peer"),
     )  # fmt: skip
+
+
+def test_a_loss_that_is_no_number_is_about_the_rank_that_made_it() -> None:
+    """All ranks raise the same, whoever was quickest; a retry goes on from the checkpoint that the reason names."""
+    message = blame([Account(1.0, True)] * 3 + [Account(1.0, False)])
+    said = f"step 4: loss 2, gradient norm nan; {message}; the last good checkpoint is step-00000003"
+    ending = ended(errors=tuple(error(rank, 10.0 + rank, "NotFinite", said) for rank in range(4)))
+    found = classify(ending)
+    assert (found.cause, found.rank, found.node) == ("user_error", 3, "n2")
+    assert found.reason == f"rank 3 on n2: NotFinite: {said}"
+    assert classify(ended(errors=(error(0, 1, "NotFinite", "step 1: no rank is to blame"),))).rank == 0
 
 
 def test_a_rank_killed_by_a_signal_is_the_cause_of_the_others_exceptions() -> None:

@@ -49,10 +49,11 @@ from recipes.lib.distributed import World, joined
 from recipes.lib.layout import Layout
 from recipes.lib.model import IGNORE
 from recipes.lib.model_sizes import ModelSize
+from recipes.lib.optimizer import own_part
 from recipes.lib.own_time import OwnTime
 from recipes.lib.parallelism import precision
 from recipes.lib.shards import TokenShards, write_shards
-from recipes.lib.training import Plan, Technique, optimizer_step
+from recipes.lib.training import Plan, Remembering, Technique, optimizer_step
 
 VOCABULARY = 263
 """A prime: no number of ranks divides it, so every sharding of the tables is uneven."""
@@ -119,6 +120,8 @@ class Outcome:
     weights_after: str
     random: list[list[float]]
     """Per rank, numbers drawn after saving or loading."""
+    moments: list[int]
+    """Per rank, elements of the optimizer's state that it holds."""
 
 
 class RaggedDataset(Dataset):
@@ -240,24 +243,34 @@ def _run(case: Case, folder: Path, world: World) -> Outcome:
         torch.manual_seed(99)
         (saved,) = manifest.folders(folder / case.load)
         progress = checkpoint.load(saved, trained, world)
+        if isinstance(technique, Remembering):
+            technique.recall(progress.technique)
         drawn = torch.rand(3).tolist()
     own = OwnTime(technique.model, world.device)
     for step in range(progress.step + 1, STEPS + 1):
         loss, grad_norm = optimizer_step(plan, technique, step, own)
         results.append((loss.item(), grad_norm.item()))
         if case.save and step == (SAVED_AGAIN_AT if case.load else SAVED_AT):
-            saving.save(plan.run_directory, trained, Progress(step=step), world)
+            memory = technique.memory() if isinstance(technique, Remembering) else {}
+            saving.save(plan.run_directory, trained, Progress(step=step, technique=memory), world)
             drawn = torch.rand(3).tolist()
-    everyone = [drawn] * world.size
+    everyone = [(drawn, _elements(technique.optimizer))] * world.size
     if world.size > 1:
-        dist.all_gather_object(everyone, drawn)
+        dist.all_gather_object(everyone, everyone[world.rank])
     return Outcome(
         losses=[loss for loss, _ in results],
         grad_norms=[norm for _, norm in results],
         weights_before=weights_before,
         weights_after=weights(technique.model),
-        random=everyone,
+        random=[numbers for numbers, _ in everyone],
+        moments=[elements for _, elements in everyone],
     )
+
+
+def _elements(optimizer: torch.optim.Optimizer) -> int:
+    states = own_part(optimizer).state.values()
+    tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return sum((each.to_local() if isinstance(each, DTensor) else each).numel() for each in tensors)
 
 
 def main() -> None:

@@ -42,6 +42,8 @@ GRID = {"tensor_parallel": 2, "context_parallel": 2}
 AT_THE_SAME_SIZE = [
     going_on("one-to-one", "baseline", 1, "one"),
     going_on("ddp2-to-ddp2", "ddp", 2, "ddp2"),
+    going_on("zero2-to-zero2", "ddp", 2, "zero2", optimizer_sharding=True),
+    going_on("half2-to-half2", "ddp", 2, "half2", dtype="float16"),
     going_on("fsdp4-to-fsdp4", "fsdp", 4, "fsdp4"),
     going_on("fsdp4-to-fsdp4-float32", "fsdp", 4, "fsdp4-float32", dtype="float32"),
     going_on("hybrid4-to-hybrid4", "fsdp", 4, "hybrid4", strategy="hybrid_shard", shard_size=2),
@@ -51,6 +53,10 @@ AT_THE_SAME_SIZE = [
 ]
 AT_ANOTHER_SIZE = [
     going_on("one-to-fsdp4", "fsdp", 4, "one"),
+    going_on("zero2-to-zero4", "ddp", 4, "zero2", optimizer_sharding=True),
+    going_on("zero2-to-fsdp4", "fsdp", 4, "zero2"),
+    going_on("fsdp4-to-zero2", "ddp", 2, "fsdp4", optimizer_sharding=True),
+    going_on("zero2-to-one", "baseline", 1, "zero2"),
     going_on("ddp2-to-fsdp4", "fsdp", 4, "ddp2"),
     dataclasses.replace(going_on("fsdp4-to-fsdp2", "fsdp", 2, "fsdp4"), save=True),
     going_on("fsdp4-to-ddp2", "ddp", 2, "fsdp4"),
@@ -84,7 +90,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     with alone("cpu") as world:
         found = run_cases(folder, [leaving("one", "baseline", 1)], world)
         found |= run_cases(folder, [case for case in early if case.name == "one-to-one"], world)
-    found |= launch(folder, 2, [leaving("ddp2", "ddp", 2), *(c for c in early if c.world_size == 2)])
+    in_two = [
+        leaving("ddp2", "ddp", 2),
+        leaving("zero2", "ddp", 2, optimizer_sharding=True),
+        leaving("half2", "ddp", 2, dtype="float16"),
+    ]
+    found |= launch(folder, 2, [*in_two, *(c for c in early if c.world_size == 2)])
     in_four = [
         leaving("fsdp4", "fsdp", 4),
         leaving("fsdp4-float32", "fsdp", 4, dtype="float32"),

@@ -6,9 +6,11 @@ float32 that order costs up to 1e-6 of the loss and 5e-5 of the norm.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from recipes.ch3.ddp import Replicated
+from recipes.ch3.ddp_args import DdpArgs
+from recipes.lib.arguments import ArgumentError
 from recipes.lib.distributed import World, joined
+from recipes.lib.loss_scale import GROWTH_STEPS, SMALLEST, LossScale
 from recipes.lib.own_time import OwnTime
 from recipes.lib.training import optimizer_step
 from tests.recipes.parity import STEPS, Case, Outcome, build, launch, make_data, plan_for, run_cases
@@ -56,7 +61,9 @@ def variant_cases(world_size: int) -> list[Case]:
     uneven = LAYOUTS["uneven"]
     switches = {
         "ddp-full-recompute": ("ddp", {"activation_checkpointing": "full"}),
-        "ddp-small-buckets": ("ddp", {"bucket_mb": 1, "gradient_as_bucket_view": False}),
+        "ddp-many-buckets": ("ddp", {"bucket_mb": 0.02, "gradient_as_bucket_view": False}),
+        "ddp-static-graph": ("ddp", {"static_graph": True, "microbatch_size": 0}),
+        "ddp-sharded-optimizer": ("ddp", {"optimizer_sharding": True, "bucket_mb": 0.1}),
         "fsdp-full-recompute": ("fsdp", {"activation_checkpointing": "full"}),
         "fsdp-selective-recompute": ("fsdp", {"activation_checkpointing": "selective"}),
         "fsdp-offload": ("fsdp", {"cpu_offload": True}),
@@ -129,11 +136,26 @@ def rounded_cases(world_size: int) -> list[Case]:
     args = {"batch_size": 8, "dtype": "bfloat16"}
     return [
         Case(f"ddp-rounded-x{world_size}", "ddp", world_size, args=args),
+        Case(f"ddp-half-x{world_size}", "ddp", world_size, args={**args, "dtype": "float16"}),
         Case(f"fsdp-rounded-x{world_size}", "fsdp", world_size, args=args),
         Case(
             f"fsdp-sums-rounded-x{world_size}", "fsdp", world_size, args={**args, "reduce_dtype": "bfloat16"}
         ),
         Case(f"fsdp-all-rounded-x{world_size}", "fsdp", world_size, args={**args, "param_dtype": "bfloat16"}),
+    ]
+
+
+def compressed_cases(world_size: int) -> list[Case]:
+    """Gradients that lose something on their way; everything else in float32."""
+    common = {"batch_size": 8, "dtype": "float32"}
+    ways = {
+        "float16": {"compression": "float16", "bucket_mb": 0.05},
+        "power-sgd": {"compression": "power_sgd", "power_sgd_rank": 2, "power_sgd_start": 2},
+        "power-sgd-of-full-rank": {"compression": "power_sgd", "power_sgd_rank": 64, "power_sgd_start": 2},
+    }
+    return [
+        Case(f"ddp-{name}-x{world_size}", "ddp", world_size, args={**common, **args})
+        for name, args in ways.items()
     ]
 
 
@@ -167,6 +189,7 @@ CASES = {
 }
 ALL = [case for cases in CASES.values() for case in cases]
 ROUNDED = rounded_cases(2)
+COMPRESSED = compressed_cases(2)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +203,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         found = run_cases(folder, [*REFERENCES, *CASES[1]], world)
     torch.set_num_threads(threads)
     for world_size in WORLD_SIZES[1:]:
-        rounded = ROUNDED if world_size == 2 else []
+        rounded = [*ROUNDED, *COMPRESSED] if world_size == 2 else []
         found |= launch(folder, world_size, [*CASES[world_size], *rounded])
     return found
 
@@ -203,13 +226,39 @@ def test_trains_as_one_process_does(case: Case, outcomes: dict[str, Outcome]) ->
 
 
 @pytest.mark.parametrize("case", ROUNDED, ids=lambda case: case.name)
-def test_bfloat16_is_near_float32(case: Case, outcomes: dict[str, Outcome]) -> None:
-    """And not equal to it, or it would not be bfloat16 that was computed in."""
+def test_16_bits_are_near_float32(case: Case, outcomes: dict[str, Outcome]) -> None:
+    """And not equal to it, or it would not be 16 bits that were computed in."""
     ours, exact = outcomes[case.name], outcomes["baseline-8-float32"]
     loss_error = relative(ours.losses, exact.losses)
     print(f"ROUNDED {case.name} {loss_error:.2e} {relative(ours.grad_norms, exact.grad_norms):.2e}")
     assert 1e-6 < loss_error < 1e-2
     assert relative(ours.grad_norms, exact.grad_norms) < 5e-2
+
+
+LOST = {
+    # The largest difference of the loss and of the norm; what rounds less, loses less.
+    "ddp-float16-x2": (1e-8, 1e-5, 1e-3),
+    "ddp-power-sgd-x2": (1e-5, 2e-3, 1e-1),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_a_compressed_gradient_loses(name: str, outcomes: dict[str, Outcome]) -> None:
+    """Little, and not nothing: an equal loss would say that whole gradients were sent."""
+    least, most_of_loss, most_of_norm = LOST[name]
+    ours, exact = outcomes[name], outcomes["baseline-8-float32"]
+    loss_error, norm_error = relative(ours.losses, exact.losses), relative(ours.grad_norms, exact.grad_norms)
+    print(f"COMPRESSED {name} {loss_error:.2e} {norm_error:.2e}")
+    assert least < loss_error < most_of_loss
+    assert norm_error < most_of_norm
+    assert ours.weights_after != exact.weights_after
+
+
+def test_power_sgd_of_full_rank_loses_nothing(outcomes: dict[str, Outcome]) -> None:
+    """Nothing but rounding: then what the low rank loses is the low rank's doing."""
+    ours, exact = outcomes["ddp-power-sgd-of-full-rank-x2"], outcomes["baseline-8-float32"]
+    print(f"FULL {relative(ours.losses, exact.losses):.2e} {relative(ours.grad_norms, exact.grad_norms):.2e}")
+    assert relative(ours.losses, exact.losses) < 1e-5
 
 
 def test_the_reference_learns(outcomes: dict[str, Outcome]) -> None:
@@ -259,6 +308,132 @@ def test_ddp_sends_gradients_once_a_step(tmp_path: Path, one_rank: World) -> Non
     optimizer_step(plan, technique, 1, OwnTime(technique.model, plan.world.device))
     assert sent
     assert len(sent) == len(set(sent))
+
+
+def test_a_compiled_layer_stays_one_graph_inside_of_ddp(
+    tmp_path: Path, one_rank: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch would cut it where a bucket ends; and with recomputation in the graph it would refuse to."""
+    make_data(tmp_path / "data")
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    args = {"batch_size": 2, "compile": True, "bucket_mb": 0.01, "activation_checkpointing": "full"}
+    case = Case("compiled", "ddp", 1, args=args)
+    plan = plan_for(case, tmp_path, one_rank)
+    technique = build(case, plan)
+    own = OwnTime(technique.model, plan.world.device)
+    loss, _ = optimizer_step(plan, technique, 1, own)
+    assert loss.isfinite()
+    assert len(graphs) == 2, "one that both layers share, and the loss"
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ({"compression": "bfloat16"}, "compression=bfloat16: wants NCCL, that is GPUs; gloo sums float16"),
+        (
+            {"compression": "power_sgd", "bucket_mb": 0.1},
+            "bucket_mb=0.1: wants 0.5 or more, one bucket for all",
+        ),
+    ],
+)
+def test_what_gloo_cannot_compress_is_refused(
+    args: dict[str, object], line: str, tmp_path: Path, one_rank: World
+) -> None:
+    make_data(tmp_path / "data")
+    plan = plan_for(Case("refused", "ddp", 1, args={"batch_size": 2, **args}), tmp_path, one_rank)
+    with pytest.raises(ArgumentError, match=line):
+        Replicated.build(plan, plan.args)
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (
+            {"dtype": "float16", "compression": "power_sgd"},
+            "compression=power_sgd: an overflow of dtype=float16",
+        ),
+        ({"steps": 5, "profile": 3}, "profile=3: wants steps=6 or more; steps=5"),
+    ],
+)
+def test_arguments_that_cannot_go_together(args: dict[str, Any], line: str) -> None:
+    with pytest.raises(ArgumentError, match=line):
+        DdpArgs(**args)
+
+
+def test_a_static_graph_is_refused_with_several_microbatches(tmp_path: Path, one_rank: World) -> None:
+    make_data(tmp_path / "data")
+    plan = plan_for(Case("static", "ddp", 1, args={**MICROBATCHES, "static_graph": True}), tmp_path, one_rank)
+    with pytest.raises(
+        ArgumentError, match=r"static_graph=true: wants one microbatch a step, this run has 3"
+    ):
+        Replicated.build(plan, plan.args)
+
+
+def test_a_sharded_optimizer_keeps_its_own_part_only(outcomes: dict[str, Outcome]) -> None:
+    """And trains as the whole one does: those cases are above."""
+    for world_size in WORLD_SIZES[1:]:
+        whole = outcomes[f"ddp-static-graph-x{world_size}"].moments
+        parts = outcomes[f"ddp-sharded-optimizer-x{world_size}"].moments
+        assert len(set(whole)) == 1
+        assert sum(parts) == whole[0]
+        assert max(parts) < whole[0]
+
+
+def test_float16_repeats_what_overflows(tmp_path: Path, one_rank: World) -> None:
+    """The first number is too large for this loss: it is halved until nothing overflows, and no step is lost."""
+    make_data(tmp_path / "data")
+    results = {}
+    for first in (2.0**16, 2.0**40):
+        case = Case(f"half-{first}", "ddp", 1, args={"batch_size": 4, "dtype": "float16"})
+        plan = plan_for(case, tmp_path, one_rank)
+        technique = build(case, plan)
+        assert isinstance(technique, Replicated)
+        assert technique.scale is not None
+        technique.scale.value = first
+        own = OwnTime(technique.model, plan.world.device)
+        steps = [optimizer_step(plan, technique, step, own) for step in (1, 2)]
+        results[first] = [value.item() for step in steps for value in step]
+        assert technique.scale.value <= 2.0**24
+    assert results[2.0**40] == pytest.approx(results[2.0**16], rel=1e-3)
+
+
+def test_the_number_of_float16_grows_again(one_rank: World) -> None:
+    scale, model = LossScale(), torch.nn.Linear(2, 1)
+    scale.value = 4.0
+
+    def passes(number: float) -> torch.Tensor:
+        model.zero_grad()
+        (model(torch.ones(1, 2)).sum() * number).backward()
+        return torch.tensor(number)
+
+    for _ in range(GROWTH_STEPS):
+        used = scale.gradients(model, passes)
+        assert model.weight.grad is not None
+        assert model.weight.grad.tolist() == [[1.0, 1.0]], "the gradients are those of the loss itself"
+    assert (used.item(), scale.value) == (4.0, 8.0)
+    again = LossScale()
+    again.restore(scale.state())
+    assert again.state() == scale.state()
+    again.restore({})
+    assert again.state() == LossScale().state()
+
+
+def test_a_gradient_that_no_number_helps_is_passed_on(one_rank: World) -> None:
+    scale, model = LossScale(), torch.nn.Linear(2, 1)
+
+    def passes(number: float) -> torch.Tensor:
+        (model(torch.full((1, 2), torch.inf)).sum() * number).backward()
+        return torch.tensor(number)
+
+    assert scale.gradients(model, passes).item() == SMALLEST
+    assert model.weight.grad is not None
+    assert not model.weight.grad.isfinite().all()
 
 
 def test_hybrid_shard_sums_over_copies_once_a_step(
