@@ -29,6 +29,8 @@ from recipes.lib.arguments import parse_or_exit
 from recipes.lib.distributed import World, joined
 from recipes.lib.efficiency_plots import overhead_png
 from recipes.lib.flops import parameter_count
+from recipes.lib.grid import Grid
+from recipes.lib.layout import Layout
 from recipes.lib.measurements import Measurements, several
 from recipes.lib.model import Transformer, materialize
 from recipes.lib.model_sizes import ModelSize
@@ -92,9 +94,10 @@ def build(size: ModelSize, strategy: str, numbers: Precision, world: World, *, a
     if strategy == "ddp":
         materialize(model, seed=0, device=world.device)
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    grid = (world.size, 1) if alone else (1, world.size)
-    mesh = init_device_mesh(world.device.type, grid, mesh_dim_names=("copies", "shard"))["shard"]
-    shard(model, mesh, numbers, FsdpArgs(strategy=strategy))
+    shape = (world.size, 1) if alone else (1, world.size)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("copies", "shard"))["shard"]
+    grid = Grid(mesh, None, None, Layout.each_its_own(world))
+    shard(model, grid, numbers, FsdpArgs(strategy=strategy))
     materialize(model, seed=0, device=world.device)
     return model
 

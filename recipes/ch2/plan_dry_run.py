@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from recipes.ch2.plan_args import PlanArgs
 from recipes.ch4.fsdp import shard
 from recipes.ch4.fsdp_args import FsdpArgs
+from recipes.lib.grid import Grid
+from recipes.lib.layout import Layout
 from recipes.lib.memory_model import predict_memory
 from recipes.lib.model import Transformer
 from recipes.lib.parallelism import Precision
@@ -76,7 +78,8 @@ def shards_of(model_name: str, ranks: int, rank: int, master: torch.dtype = torc
         mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
         with torch.device("meta"):
             model = Transformer(model_size(model_name)).to(master)
-        shard(model, mesh, Precision(torch.bfloat16, master), FsdpArgs(model=model_name))
+        grid = Grid(mesh, None, None, Layout(rank, ranks))
+        shard(model, grid, Precision(torch.bfloat16, master), FsdpArgs(model=model_name))
         mine = []
         for parameter in model.parameters():
             assert isinstance(parameter, DTensor)

@@ -45,6 +45,8 @@ class Configuration:
     gpus: int
     recipe: str
     words: str
+    fused_loss: bool = True
+    """False for a run of before the fused loss."""
     calibrates: str = ""
     """What of the model was worked out with it at hand; empty: nothing. Fitted are four numbers of
     `recipes.lib.calibration`; which moments of a step can be the fullest was found by explaining these runs' peaks."""
@@ -59,22 +61,24 @@ class Configuration:
         )
 
 
-_BOTH = "time, memory"
 _8B = "model=llama_8b sequence_length=4096"
-MEASURED_ONES = (
-    Configuration("1gpu_eager_full_b1", 1, "ch4_fsdp", f"{_8B} batch_size=1 activation_checkpointing=full", _BOTH),
-    Configuration("1gpu_eager_full_b2", 1, "ch4_fsdp", f"{_8B} batch_size=2 activation_checkpointing=full", _BOTH),
+_BEFORE = (
+    Configuration("1gpu_eager_full_b1", 1, "ch4_fsdp", f"{_8B} batch_size=1 activation_checkpointing=full"),
+    Configuration("1gpu_eager_full_b2", 1, "ch4_fsdp", f"{_8B} batch_size=2 activation_checkpointing=full"),
     Configuration(
-        "1gpu_compiled_full_b2", 1, "ch4_fsdp", f"{_8B} batch_size=2 activation_checkpointing=full compile=true", _BOTH
+        "1gpu_compiled_full_b2", 1, "ch4_fsdp", f"{_8B} batch_size=2 activation_checkpointing=full compile=true"
     ),
-    Configuration("2gpu_compiled_none", 2, "ch4_fsdp", f"{_8B} batch_size=8 compile=true", _BOTH),
+    Configuration("2gpu_compiled_none", 2, "ch4_fsdp", f"{_8B} batch_size=8 compile=true"),
     Configuration(
-        "4gpu_compiled_selective", 4, "ch4_fsdp",
-        f"{_8B} batch_size=16 activation_checkpointing=selective compile=true", "memory",
+        "4gpu_compiled_selective", 4, "ch4_fsdp", f"{_8B} batch_size=16 activation_checkpointing=selective compile=true"
     ),
-    Configuration("4gpu_compiled_none", 4, "ch4_fsdp", f"{_8B} batch_size=16 compile=true", "memory"),
-    Configuration("4gpu_eager_full", 4, "ch4_fsdp", f"{_8B} batch_size=8 activation_checkpointing=full", "memory"),
+    Configuration("4gpu_compiled_none", 4, "ch4_fsdp", f"{_8B} batch_size=16 compile=true"),
+    Configuration("4gpu_eager_full", 4, "ch4_fsdp", f"{_8B} batch_size=8 activation_checkpointing=full"),
 )  # fmt: skip
+MEASURED_ONES = tuple(
+    dataclasses.replace(each, fused_loss=False, calibrates="memory" if each.gpus == 4 else "time, memory")
+    for each in _BEFORE
+)
 _L = "model=llama_8b sequence_length=8192"
 _1B = "model=llama_1b sequence_length"
 TO_MEASURE = (
@@ -114,6 +118,7 @@ def predict(configuration: Configuration) -> dict[str, Any]:
     args = dataclasses.asdict(parse(kind, configuration.words.split()))
     work = workload_of(configuration.recipe, args, 1, configuration.gpus)
     assert work is not None
+    work = dataclasses.replace(work, fused_loss=configuration.fused_loss)
     memory = predict_memory(work)
     time = predict_step_time(work, find_gpu(GPU), NODE)
     return {

@@ -20,6 +20,9 @@ from recipes.lib.workload import Workload
 TRAINING = {"ch1_baseline": "single", "ch3_ddp": "ddp", "ch4_fsdp": "full_shard"}
 """The recipes whose memory is predicted, with the strategy where their arguments name none."""
 
+_NOT_PREDICTED = ("optimizer_folder", "optimizer_sharding")
+"""Arguments that keep moments where the memory model does not look."""
+
 
 @dataclass(frozen=True)
 class Misfit:
@@ -35,7 +38,13 @@ class Misfit:
 
 def workload_of(recipe: str, args: Mapping[str, Any], nodes: int, ranks_per_node: int) -> Workload | None:
     """The recipe as the memory model sees it on GPUs; None for one whose memory is not predicted."""
-    if recipe not in TRAINING or args.get("device") == "cpu":
+    if (
+        recipe not in TRAINING
+        or args.get("device") == "cpu"
+        or any(args.get(name) for name in _NOT_PREDICTED)
+    ):
+        return None
+    if max(args.get("tensor_parallel", 1), args.get("context_parallel", 1)) > 1:
         return None
     ranks = nodes * ranks_per_node
     strategy = args.get("strategy") or TRAINING[recipe]

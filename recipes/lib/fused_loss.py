@@ -123,6 +123,8 @@ class FusedLoss(torch.autograd.Function):
                 weight_gradient = of_weight.to(torch.promote_types(of_weight.dtype, torch.float32))
             else:
                 weight_gradient += of_weight
+            # Or it would live beside the next chunk's: 1 GiB of Llama-3-8B's vocabulary.
+            del of_weight
         assert weight_gradient is not None
         ctx.save_for_backward(torch.cat(parts_of_x), weight_gradient.to(weight_VD.dtype))
         return torch.stack(losses).sum()

@@ -72,8 +72,12 @@ def chunks(work: Workload) -> int:
 def head_bytes(work: Workload, stage: Stage) -> tuple[float, float]:
     """Of the norm, the projection and the loss: logits at their fullest moment, and everything around them.
 
-    Without compilation that is the backward pass of the softmax: its result, its gradient and the gradient before it,
-    each in float32. Compiled, it is two arrays of logits, or one and the gradient of the weight.
+    Fused, that is at the last chunk's gradient of the weight: its logits in float32 and rounded, that gradient, and
+    where there are several chunks their sum in float32. Compiled, the float32 ones are gone by then; an estimate, which
+    no measurement has met yet.
+
+    Not fused, it is the backward pass of the softmax: its result, its gradient and the gradient before it, each in
+    float32. Compiled, it is two arrays of logits, or one and the gradient of the weight.
     """
     size, number = work.size, work.compute_bytes
     parts = chunks(work)
@@ -82,10 +86,18 @@ def head_bytes(work: Workload, stage: Stage) -> tuple[float, float]:
     wide = max(4, number)
     weight_gradient = stage.vocabulary * size.width * number
     before = weight_gradient if parts > 1 else 0
-    if work.compiled:
+    if work.fused_loss:
+        chunk_of_x = rows * size.width * number
+        summed = stage.vocabulary * size.width * wide if parts > 1 else 0
+        made, product = logits * (wide + number), chunk_of_x + weight_gradient
+        fullest = summed + (max(made, logits * number + product) if work.compiled else made + product)
+    elif work.compiled:
         fullest = before + logits * number + max(logits * number, weight_gradient)
     else:
         fullest = before + max(3 * logits * wide, logits * number + weight_gradient)
     hidden = work.tokens * size.width * (work.residual_bytes / work.tensor + number)
+    if work.fused_loss and work.residual_bytes > number:
+        # The norm's result before it is rounded: the forward pass has not let go of it.
+        hidden += work.tokens * size.width * work.residual_bytes
     finished = (parts - 1) * rows * size.width * number
     return fullest, hidden + finished

@@ -135,7 +135,12 @@ class _Sharded:
         # A tied table's gradient from the head waits for the one from the embedding.
         waiting = outer * number
         head = outer or stage.head
-        self.at_head = _sum(gathered(head + ahead * stage.layer), gradients(0))
+        if work.fused_loss:
+            # Still in the forward pass: no layer is gathered ahead, and the message that brought the head is there
+            # until the next one comes.
+            self.at_head = _sum(gathered(head), gradients(0), {"communication": ahead * head * number})
+        else:
+            self.at_head = _sum(gathered(head + ahead * stage.layer), gradients(0))
         reduced_head = 0 if tied else stage.head
         self.at_last_layer = _sum(
             gathered(outer + (1 + ahead) * stage.layer),

@@ -157,9 +157,10 @@ class Head(nn.Module):
             compute, rows = part.loss_and_gradients, part.most_rows
             # The rows of each rank give a part of x's gradient; their sum is taken on the way back.
             x_BSD, weight_VD = x_BSD.to_local(grad_placements=[Partial()]), weight_VD.to_local()
-        if torch.is_autocast_enabled(x_BSD.device.type):
+        device = x_BSD.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             # Here, not inside: what autocast rounds in there, it would keep without its gradient.
-            rounded = torch.get_autocast_dtype(x_BSD.device.type)
+            rounded = torch.get_autocast_dtype(device)
             x_BSD, weight_VD = x_BSD.to(rounded), weight_VD.to(rounded)
         x_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
         chunks = max(1, math.ceil(targets_T.numel() * rows / self.max_logits))

@@ -82,7 +82,7 @@ def _product_flop(work: Workload, stage: Stage) -> float:
     # Recomputation stops before down_proj: nothing of the layer's backward pass needs its result.
     down = stage.layers * work.size.width * work.size.ffn_width / work.tensor
     again = layers - down if work.checkpointing == "full" else 0
-    head_again = head if chunks(work) > 1 else 0
+    head_again = head if chunks(work) > 1 and not work.fused_loss else 0
     return work.tokens * (6.0 * (layers + head) + 2.0 * (again + head_again))
 
 

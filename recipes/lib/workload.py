@@ -40,6 +40,9 @@ class Workload:
     """Of one gradient while ranks sum it."""
     cpu_offload: bool = False
     defer_reduction: bool = False
+    fused_loss: bool = True
+    """The loss makes its gradients in the forward pass (recipes.lib.fused_loss). Before there was that, the logits of
+    long batches were computed twice."""
     bucket_view: bool = True
     """ddp: gradients live in the buckets."""
 

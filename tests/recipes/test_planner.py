@@ -190,7 +190,9 @@ def test_formula_and_torch_s_counter_differ_by_the_norms_alone(name: str) -> Non
     assert sum(part.causal for part in parts) == pytest.approx(cost.causal)
     gains = (2 * size.layers + 1) * size.width
     assert count.forward + count.backward == pytest.approx(cost.full - 6 * gains)
-    assert count.backward == pytest.approx(2 * count.forward)
+    # The head makes its gradients in the forward pass: three products there, none in the backward pass.
+    head = 2 * size.vocab_size * size.width
+    assert count.backward == pytest.approx(2 * (count.forward - 3 * head))
 
 
 def test_what_full_recomputation_adds_is_a_forward_pass_without_its_last_product() -> None:

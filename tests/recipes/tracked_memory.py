@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from recipes.ch4.fsdp import shard
+from recipes.ch4.fsdp import make_grid, shard
 from recipes.ch4.fsdp_args import FsdpArgs
+from recipes.lib.distributed import World
 from recipes.lib.model import Transformer
 from recipes.lib.optimizer import build_optimizer
 from recipes.lib.parallelism import Precision, checkpoint_activations
@@ -56,14 +56,15 @@ def tracked_peak(work: Workload, monkeypatch: Any) -> int:
     """Bytes of all tensors at the fullest moment of the second step, in which the moments of AdamW are there."""
     monkeypatch.setattr(nn.RMSNorm, "forward", lambda norm, x: FusedNorm.apply(x, norm.weight, norm.eps))
     sharded = work.sharded
-    mesh = init_device_mesh("cpu", (work.data,), mesh_dim_names=("shard",)) if sharded else None
     precision = Precision(torch.bfloat16, torch.float32)
     args = FsdpArgs(strategy=work.strategy if sharded else "full_shard")
+    world = World(rank=0, size=work.data, local_rank=0, local_size=work.data, device=torch.device("cpu"))
+    grid = make_grid(world, args) if sharded else None
     with FakeTensorMode():
         model = Transformer(work.size)
         checkpoint_activations(model, work.checkpointing)
-        if mesh is not None:
-            shard(model, mesh, precision, args)
+        if grid is not None:
+            shard(model, grid, precision, args)
         optimizer = build_optimizer(model, args)
         tracker = FSDPMemTracker(model, optimizer) if sharded else MemTracker()
         if not sharded:
