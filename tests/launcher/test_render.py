@@ -94,13 +94,13 @@ def test_shellcheck_has_nothing_to_say(recipe: str, cluster: str, launch: str, t
     texts = [render(composed), render(composed, submission())]
     texts.append(render(dataclasses.replace(composed, activate=("module purge", "module load cuda/13"))))
     texts.append(render(dataclasses.replace(composed, container=Container("pyxis", "nvcr+pytorch.sqsh"))))
-    for index, text in enumerate(texts):
-        path = tmp_path / f"{index}.sbatch"
+    paths = [tmp_path / f"{index}.sbatch" for index in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
         path.write_text(text)
-        done = subprocess.run(
-            [str(SHELLCHECK), "--severity=style", str(path)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stdout
+    done = subprocess.run(
+        [str(SHELLCHECK), "--severity=style", *map(str, paths)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_odd_paths_arrive_unchanged_in_the_shell(tmp_path: Path) -> None:
