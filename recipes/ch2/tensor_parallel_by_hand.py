@@ -19,6 +19,7 @@ Suffixes of tensor names as in `recipes.lib.model`; L is the local part of a dim
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from recipes.lib.collectives import all_gather_single, reduce_scatter_single
-from recipes.lib.model import IGNORE, Block, Transformer
+from recipes.lib.model import IGNORE, MAX_LOGITS, Block, Head, Transformer
 
 # ---- Messages, each with its mirror image: what is summed going forward is copied going back, and so on.
 
@@ -179,8 +181,33 @@ class SlicedCrossEntropy(torch.autograd.Function):
         return gradient_TL.masked_fill_(ignored_T[:, None], 0).mul_(gradient), None, None, None
 
 
+class SlicedHead(nn.Module):
+    """`Head` of `recipes.lib.model` with this rank's rows of the vocabulary, for training only: it gives the loss."""
+
+    def __init__(self, whole: Head, mesh: DeviceMesh) -> None:
+        super().__init__()
+        # A tied one is handed the embedding's slice.
+        self.weight = None if whole.weight is None else sliced(whole.weight, mesh, Shard(0))
+        # A field, so that `parallelism.compile_blocks` can put the compiled function here.
+        self.chunk_loss = functools.partial(sliced_loss, mesh=mesh)
+
+    def forward(self, x_BSD: Tensor, targets_BS: Tensor, tied_VD: Tensor | None = None) -> Tensor:
+        weight_VD = self.weight if tied_VD is None else tied_VD
+        assert weight_VD is not None, "an untied head owns its weight"
+        x_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
+        # Counted in whole logits: every rank must make equally many chunks, and the last ones have fewer rows.
+        chunks = math.ceil(targets_T.numel() * weight_VD.shape[0] / MAX_LOGITS)
+        losses = [
+            checkpoint(self.chunk_loss, x, weight_VD, targets, use_reentrant=False, preserve_rng_state=False)
+            if chunks > 1
+            else self.chunk_loss(x, weight_VD, targets)
+            for x, targets in zip(x_TD.chunk(chunks), targets_T.chunk(chunks), strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
 def sliced_loss(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, mesh: DeviceMesh) -> Tensor:
-    """`summed_cross_entropy` of `recipes.lib.model`, with this rank's rows of the projection."""
+    """Summed cross-entropy of the projection of `x_TD`, of which this rank has some rows; the same on every rank."""
     logits_TL = F.linear(x_TD, local(weight_VD))
     exact_TL = logits_TL.to(torch.promote_types(logits_TL.dtype, torch.float32))
     loss: Tensor = SlicedCrossEntropy.apply(exact_TL, targets_T, first_row(weight_VD, mesh), mesh.get_group())
@@ -232,7 +259,5 @@ def parallelize_by_hand(model: Transformer, mesh: DeviceMesh, *, sequence_parall
             setattr(part, by_rows, SlicedLinear(getattr(part, by_rows), mesh, 1))
             part.register_forward_pre_hook(on_entering)
             part.register_forward_hook(on_leaving)
-    if model.lm_head.weight is not None:  # a tied one is handed the embedding's slice
-        model.lm_head.weight = sliced(model.lm_head.weight, mesh, Shard(0))
+    model.lm_head = SlicedHead(model.lm_head, mesh)
     model.lm_head.register_forward_pre_hook(on_entering)
-    model.lm_head.chunk_loss = functools.partial(sliced_loss, mesh=mesh)
