@@ -138,7 +138,7 @@ def test_the_nodes_are_held_against_what_job_and_profile_say() -> None:
 @pytest.mark.parametrize(
     ("cluster", "fabric", "sku", "rails"),
     [
-        ("aws-p5", "efa", "H100 80GB", 32), ("aws-p5en", "efa", "H200", 16), ("oci-h100", "roce", "H100", 16),
+        ("aws-p5", "efa", "H100 80GB", 32), ("aws-p5en", "efa", "H200", 16), ("oci-h100", "roce", "H100 80GB", 16),
         ("azure-ndv5", "infiniband", "H100 80GB", 8), ("dgx-h100", "infiniband", "H100 80GB", 8),
         ("gcp-a3mega", "tcpx", "H100 80GB", None),
     ],
