@@ -7,6 +7,7 @@ the parameters' device, updates it with the same kernel as torch's fused AdamW, 
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -48,9 +49,9 @@ class FileAdamW(torch.optim.AdamW):
         sizes = [_local(p).numel() for p in parameters]
         starts = list(_starts([size for size in sizes for _ in range(2)]))
         dtype = parameters[0].dtype
-        moments = _allocate_together(Path(folder).expanduser(), starts.pop(), dtype, world)
+        mapped = _allocate_together(Path(folder).expanduser(), starts.pop() * dtype.itemsize, world)
         for parameter, size in zip(parameters, sizes, strict=True):
-            first, second = (moments[start : start + size] for start in (starts.pop(0), starts.pop(0)))
+            first, second = (_part(mapped, starts.pop(0), size, dtype) for _ in range(2))
             self.state[parameter] = {
                 "step": torch.zeros(()),
                 "exp_avg": _like(parameter, first),
@@ -120,29 +121,43 @@ def _starts(sizes: list[int]) -> Iterator[int]:
     yield start
 
 
-def _allocate_together(folder: Path, numbers: int, dtype: torch.dtype, world: World) -> Tensor:
-    """Zeros in a new file of this rank's; the same ArgumentError on every rank where one of them could not."""
-    problem, moments = None, torch.empty(0)
+def _part(mapped: mmap.mmap | None, start: int, size: int, dtype: torch.dtype) -> Tensor:
+    """So many numbers of the file, as a tensor that begins where its storage does.
+
+    A view with an offset would not do: torch's stager takes a DTensor around one for a tensor of its own memory.
+    """
+    if not size:  # a rank without rows of this parameter
+        return torch.empty(0, dtype=dtype)
+    assert mapped is not None
+    return torch.frombuffer(mapped, dtype=dtype, count=size, offset=start * dtype.itemsize)
+
+
+def _allocate_together(folder: Path, size: int, world: World) -> mmap.mmap | None:
+    """So many zero bytes in a new file of this rank's, None for none.
+
+    The same ArgumentError on every rank where one of them could not.
+    """
+    problem, mapped = None, None
     try:
-        moments = _allocate(folder / f"moments-of-rank-{world.rank}", numbers, dtype)
+        if size:
+            mapped = _allocate(folder / f"moments-of-rank-{world.rank}", size)
     except OSError as error:
-        problem = f"{error.strerror} on {socket.gethostname()}; wants {numbers * dtype.itemsize / 2**30:.3f} GiB a rank"
+        problem = f"{error.strerror} on {socket.gethostname()}; wants {size / 2**30:.3f} GiB a rank"
     problems = [problem]
     if world.size > 1:
         problems = [None] * world.size
         dist.all_gather_object(problems, problem, group=world.patient)
     if found := [each for each in problems if each is not None]:
         raise ArgumentError("optimizer_folder", str(folder), found[0])
-    return moments
+    return mapped
 
 
-def _allocate(file: Path, numbers: int, dtype: torch.dtype) -> Tensor:
+def _allocate(file: Path, size: int) -> mmap.mmap:
     """Raises OSError where the disk is full: later, a page that has no room would end the process without a word."""
-    size = max(numbers, 1) * dtype.itemsize
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, size)
-        return torch.from_file(str(file), shared=True, size=max(numbers, 1), dtype=dtype)
+        return mmap.mmap(descriptor, size)
     finally:
         os.close(descriptor)
         # What is mapped stays until the process ends, in whatever way; the disk is never left full.

@@ -39,7 +39,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_time_limit(launcher: Launcher, folder: Path, undisturbed: Losses) -> None:
-    started = start(launcher, folder, flags=["--time=1"])
+    # Two minutes: after one a slow machine has hardly begun, and the warning comes well before the end.
+    started = start(launcher, folder, flags=["--time=2"])
     with frozen(started, in_a_step(started)):
         wait_until(lambda: (started.run.path / "attempt-01" / "stop.json").exists(), "the warning")
     first = ended(started.run)
