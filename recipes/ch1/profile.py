@@ -27,7 +27,7 @@ from recipes.ch1.baseline import Baseline
 from recipes.ch1.profile_args import ProfileArgs
 from recipes.ch3.ddp import Replicated
 from recipes.ch3.ddp_args import DdpArgs
-from recipes.ch4.fsdp import Sharded
+from recipes.ch4.fsdp import Sharded, make_grid
 from recipes.ch4.fsdp_args import FsdpArgs
 from recipes.lib.arguments import ArgumentError, TrainArgs, parse_or_exit
 from recipes.lib.distributed import joined
@@ -92,7 +92,8 @@ def build(plan: Plan, args: ProfileArgs) -> Technique:
     if name == "ddp":
         return Replicated.build(plan, DdpArgs(**shared))
     if name == "fsdp":
-        return Sharded.build(plan, FsdpArgs(**shared))
+        sharding = FsdpArgs(**shared)
+        return Sharded.build(plan, sharding, make_grid(plan.world, sharding))
     return Baseline.build(plan)
 
 
