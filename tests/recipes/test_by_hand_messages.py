@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from recipes.ch2.data_parallel import Copies
 from recipes.ch2.data_parallel_args import DataParallelArgs
 from recipes.ch2.tensor_parallel_args import TensorParallelArgs
 from recipes.lib.arguments import ArgumentError, parse
-from recipes.lib.distributed import World, joined
+from recipes.lib.distributed import World
 from recipes.lib.gradient_sums import buckets, pack, unpack
 from recipes.lib.own_time import OwnTime
 from recipes.lib.step_times import compare
@@ -30,17 +29,6 @@ from tests.recipes.parity import SEQUENCE_LENGTH, SIZE, VOCABULARY, Case, build,
 ROOT = Path(__file__).resolve().parents[2]
 MICROBATCHES = {"batch_size": 6, "microbatch_size": 2}
 """Three of them a step."""
-
-
-@pytest.fixture
-def one_rank() -> Iterator[World]:
-    """A process group of this process alone, left also when the test fails."""
-    try:
-        with joined("cpu") as world:
-            yield world
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 @pytest.fixture

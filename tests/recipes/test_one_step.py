@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 from recipes.ch3.ddp import Replicated
 from recipes.ch3.ddp_args import DdpArgs
 from recipes.lib.arguments import ArgumentError
-from recipes.lib.distributed import World, joined
+from recipes.lib.distributed import World
 from recipes.lib.loss_scale import GROWTH_STEPS, SMALLEST, LossScale
 from recipes.lib.own_time import OwnTime
 from recipes.lib.training import optimizer_step
 from tests.recipes.parity import Case, build, make_data, plan_for
-
-
-@pytest.fixture
-def one_rank() -> Iterator[World]:
-    """A process group of this process alone, left also when the test fails."""
-    try:
-        with joined("cpu") as world:
-            yield world
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
 
 MICROBATCHES = {"batch_size": 6, "microbatch_size": 2}
 """Three of them a step."""

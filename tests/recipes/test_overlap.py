@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from recipes.ch3.ddp import Replicated
-from recipes.lib.distributed import World, joined
+from recipes.lib.distributed import World
 from recipes.lib.overlap import REDUCING, Overlap, overlap, traced
 from recipes.lib.training import train
 from tests.recipes.parity import Case, make_data, plan_for
@@ -65,17 +63,6 @@ def test_on_a_gpu_a_kernel_belongs_to_who_launched_it() -> None:
 
 def test_without_all_reduces_nothing_is_left_over() -> None:
     assert overlap([MARK]).share == 1.0
-
-
-@pytest.fixture
-def one_rank() -> Iterator[World]:
-    """A process group of this process alone, left also when the test fails."""
-    try:
-        with joined("cpu") as world:
-            yield world
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def test_a_real_training_is_traced(
