@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import loss_parallel
 
 from recipes.ch2.tensor_parallel_args import TensorParallelArgs
 from recipes.ch2.tensor_parallel_by_hand import parallelize_by_hand
@@ -91,16 +89,12 @@ class Split:
         """Forward and backward of each microbatch; then the copies sum their gradients."""
         total = torch.zeros((), device=token_count.device)
         for tokens_BS, targets_BS in microbatches:
-            with self._loss_context():
-                with self.plan.precision.autocast(token_count.device):
-                    loss = self.model(tokens_BS, targets_BS)
-                (loss / token_count).backward()
+            with self.plan.precision.autocast(token_count.device):
+                loss = self.model(tokens_BS, targets_BS)
+            (loss / token_count).backward()
             total = total + loss.detach()
         self._sum_gradients()
         return total
-
-    def _loss_context(self) -> AbstractContextManager[None]:
-        return loss_parallel() if self.args.by == "dtensor" else nullcontext()
 
     def _sum_gradients(self) -> None:
         """Complete the gradients of this copy, then sum them over all copies, slice by slice."""

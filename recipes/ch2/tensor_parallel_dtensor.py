@@ -26,7 +26,7 @@ from recipes.lib.model import Transformer
 def parallelize_with_dtensor(model: Transformer, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
     """Slice the model's parameters over the one-dimensional `mesh`; see `parallelize_by_hand` for what goes where.
 
-    The loss must be computed and differentiated inside of `loss_parallel()`: otherwise the logits are gathered.
+    The head takes the loss from each rank's rows of the vocabulary (`recipes.lib.fused_loss`): no logits are gathered.
     """
     between = Shard(1) if sequence_parallel else Replicate()
     whole = Replicate()
