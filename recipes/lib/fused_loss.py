@@ -98,20 +98,13 @@ def _gradients(gradient_TV: Tensor, x_TD: Tensor, weight_VD: Tensor) -> tuple[Te
     return rounded_TV @ weight_VD, rounded_TV.T @ x_TD
 
 
-class FusedLoss(torch.autograd.Function):
-    """Summed cross-entropy whose gradients are ready when the forward pass is over."""
+def fused_loss(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunks: int, compute: Chunk) -> Tensor:
+    """Summed cross-entropy whose gradients are ready when the forward pass is over.
 
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
-        x_TD: Tensor,
-        weight_VD: Tensor,
-        targets_T: Tensor,
-        chunks: int,
-        compute: Chunk,
-    ) -> Tensor:
-        """`compute` each of `chunks` equal parts of the tokens."""
-        losses, parts_of_x, weight_gradient = [], [], None
+    `compute` does each of `chunks` equal parts of the tokens.
+    """
+    losses, parts_of_x, weight_gradient = [], [], None
+    with torch.no_grad():
         for x, targets in zip(x_TD.chunk(chunks), targets_T.chunk(chunks), strict=True):
             loss, of_x, of_weight = compute(x, weight_VD, targets)
             losses.append(loss)
@@ -126,14 +119,29 @@ class FusedLoss(torch.autograd.Function):
             # Or it would live beside the next chunk's: 1 GiB of Llama-3-8B's vocabulary.
             del of_weight
         assert weight_gradient is not None
-        ctx.save_for_backward(torch.cat(parts_of_x), weight_gradient.to(weight_VD.dtype))
-        return torch.stack(losses).sum()
+        total = torch.stack(losses).sum()
+        x_gradient, weight_gradient = torch.cat(parts_of_x), weight_gradient.to(weight_VD.dtype)
+    # A sum of two, so that an operation of torch's own is where the paths of x and the weight meet: zero-bubble
+    # schedules cut the graph there, which torch 2.11 cannot do at a Function of Python's (it says that
+    # '_input_metadata' is invalid).
+    found: Tensor = _Known.apply(x_TD, x_gradient, total)
+    return found + _Known.apply(weight_VD, weight_gradient, torch.zeros_like(total))
+
+
+class _Known(torch.autograd.Function):
+    """A number, with a gradient that is known already."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, tensor: Tensor, gradient: Tensor, value: Tensor
+    ) -> Tensor:
+        """`value`, whose gradient with respect to `tensor` is `gradient`."""
+        ctx.save_for_backward(gradient)
+        return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[misc]
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None]:
-        """What the forward pass has computed, times the gradient of its sum."""
-        of_x, of_weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        return of_x * gradient.to(of_x.dtype), of_weight * gradient.to(of_weight.dtype), None, None, None
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient, times that of the number."""
+        (known,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return known * gradient.to(known.dtype), None, None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 from recipes.lib.fused_loss import IGNORE as IGNORE  # of the targets that this model takes
-from recipes.lib.fused_loss import Chunk, FusedLoss, VocabularyPart, loss_and_gradients
+from recipes.lib.fused_loss import Chunk, VocabularyPart, fused_loss, loss_and_gradients
 from recipes.lib.model_sizes import ModelSize, RopeScaling
 
 MAX_LOGITS = 2**29
@@ -164,8 +164,7 @@ class Head(nn.Module):
             x_BSD, weight_VD = x_BSD.to(rounded), weight_VD.to(rounded)
         x_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
         chunks = max(1, math.ceil(targets_T.numel() * rows / self.max_logits))
-        loss: Tensor = FusedLoss.apply(x_TD, weight_VD, targets_T, chunks, compute)
-        return loss
+        return fused_loss(x_TD, weight_VD, targets_T, chunks, compute)
 
 
 def rotary_table(
