@@ -227,6 +227,8 @@ def train(plan: Plan, technique: Technique) -> None:
             step = progress.step + 1
             loss, grad_norm = optimizer_step(plan, technique, step, own, numbers)
             own.step_is_over()
+            if args.save_every >= 0:
+                saver.rehearse()
             progress = dataclasses.replace(
                 progress,
                 step=step,

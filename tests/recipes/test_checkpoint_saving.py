@@ -16,7 +16,7 @@ from recipes.ch1.baseline import Baseline
 from recipes.lib import checkpoint, manifest, metrics, saving, writing
 from recipes.lib.arguments import ArgumentError, TrainArgs, convert
 from recipes.lib.checkpoint import Progress, Trained
-from recipes.lib.distributed import World
+from recipes.lib.distributed import World, joined
 from recipes.lib.saving import Saver
 from recipes.lib.training import train
 from recipes.lib.writing import NotSaved
@@ -42,6 +42,31 @@ def saver_for(folder: Path, trained: Trained, **settings: Any) -> Saver:
 def announced(folder: Path) -> list[dict[str, Any]]:
     """The lines of checkpoints.jsonl."""
     return [json.loads(line) for line in (folder / saving.ANNOUNCEMENTS_FILE).read_text().splitlines()]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies from a GPU while it computes")
+@pytest.mark.parametrize("waits", [True, False], ids=["as it is", "without the wait"])
+def test_on_a_gpu_an_update_waits_for_the_copy(tmp_path: Path, waits: bool) -> None:
+    """And only so is the checkpoint that of the boundary: 1 GiB is copied for longer than it takes to update it."""
+    with joined("cuda") as world:
+        model = torch.nn.Linear(2**14, 2**14, bias=False, device=world.device)
+        trained = Trained(model, torch.optim.AdamW(model.parameters(), lr=1.0, fused=True), {"batch_size": 8})
+        model.weight.grad = torch.ones_like(model.weight)
+        trained.optimizer.step()
+        with Saver(tmp_path, trained, world, keep=9, keep_every=0, in_background=True) as saver:
+            if not waits:
+                saver._hook.remove()
+            saver.rehearse()
+            before = model.weight.detach().clone()
+            saver.save(Progress(step=1))
+            trained.optimizer.step()
+            outcome = saver.wait()
+        assert outcome is not None
+        assert outcome.event == "saved"
+        assert not torch.equal(model.weight, before)
+        checkpoint.load(manifest.folder_of(tmp_path, 1), trained, world)
+        assert torch.equal(model.weight, before) == waits
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -1,0 +1,54 @@
+"""Copies of a run's state in host memory, taken while the GPU computes.
+
+torch's own `DefaultStager` does the same, but in torch 2.11 it forgets its memory after each copy and fails at the
+second one; what it is made of is used here, and keeps a copy's memory for the next.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
+
+State = dict[str, Any]
+
+
+class Stager:
+    """One copy of the state at a time; the memory of the first is used for all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.overlaps = device.type == "cuda"
+        """Whether a copy goes on after `stage` has returned."""
+        # Pinned: the GPU writes to it by itself, at the rate of the bus.
+        self._copies = StateDictStager(pin_memory=self.overlaps)
+        self._thread = ThreadPoolExecutor(1, "staging") if self.overlaps else None
+        self._stream = torch.cuda.Stream(device) if self.overlaps else None
+
+    def stage(self, state: State) -> Future[State]:
+        """A copy of `state` as it is now. Nothing of it may change before the future is done.
+
+        The copy is valid until the next one.
+        """
+        if self._thread is None:
+            done: Future[State] = Future()
+            done.set_result(self._copies.stage(state))
+            return done
+        # The copies run on a stream of their own, which knows nothing of kernels that have yet to write this state.
+        torch.cuda.current_stream(self._device).synchronize()
+        return self._thread.submit(self._copy, state)
+
+    def _copy(self, state: State) -> State:
+        assert self._stream is not None
+        with torch.cuda.stream(self._stream):  # this thread's; its device is the stream's
+            copied: State = self._copies.stage(state, non_blocking=True)
+        self._stream.synchronize()
+        return copied
+
+    def close(self) -> None:
+        """Wait for the copy under way and give the memory back."""
+        if self._thread is not None:
+            self._thread.shutdown()
+        self._copies.close()
