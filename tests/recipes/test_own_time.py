@@ -100,11 +100,13 @@ def test_on_a_gpu_the_kernels_are_timed_and_the_host_does_not_wait() -> None:
             nn.Module.__init__(self)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            for _ in range(200):
+            for _ in range(
+                50
+            ):  # few: a queue of some thousand kernels is full, and the host waits for its end
                 x = x @ x
             return x
 
-    model, x = Work(), torch.zeros(4096, 4096, device=device)
+    model, x = Work(), torch.zeros(8192, 8192, device=device)
     own = OwnTime(model, device)
     model(x)
     torch.cuda.synchronize()
