@@ -4,7 +4,7 @@ Starting a rank costs seconds (it imports torch), a configuration a fraction of 
 per world size and go through a list of cases. Each case trains a few steps and its losses, gradient norms
 and weights come back as plain numbers.
 
-    python -m tests.recipes.parity FOLDER CASES.json     (one rank; torch's variables in the environment)
+    python -m tests.recipes.parity FOLDER CASES.json DEVICE     (one rank; torch's variables in the environment)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from recipes.lib.model import IGNORE
 from recipes.lib.model_sizes import ModelSize
 from recipes.lib.optimizer import own_part
 from recipes.lib.own_time import OwnTime
-from recipes.lib.parallelism import precision
+from recipes.lib.parallelism import attention_backends, precision
 from recipes.lib.shards import TokenShards, write_shards
 from recipes.lib.training import Plan, Remembering, Technique, optimizer_step
 
@@ -60,6 +60,8 @@ VOCABULARY = 263
 SIZE = ModelSize(
     layers=2, width=48, heads=4, kv_heads=2, ffn_width=90, vocab_size=VOCABULARY, rope_theta=1e4, tied=False
 )
+SIZE_ON_GPUS = dataclasses.replace(SIZE, width=256, ffn_width=480)
+"""Heads as wide as cuDNN's and FlashAttention's kernels want them."""
 SEQUENCE_LENGTH = 24
 STEPS = 6
 SAVED_AT = 3
@@ -145,7 +147,7 @@ def make_data(folder: Path) -> None:
     )
 
 
-def launch(folder: Path, world_size: int, cases: Sequence[Case]) -> dict[str, Outcome]:
+def launch(folder: Path, world_size: int, cases: Sequence[Case], device: str = "cpu") -> dict[str, Outcome]:
     """Run `cases`, which all want `world_size`, on that many new processes; by name what they computed."""
     assert {case.world_size for case in cases} == {world_size}
     # The port is the store's own choice: a free one that is looked for beforehand may be taken by then.
@@ -163,7 +165,7 @@ def launch(folder: Path, world_size: int, cases: Sequence[Case]) -> dict[str, Ou
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.recipes.parity", str(folder), str(words)],
+            [sys.executable, "-m", "tests.recipes.parity", str(folder), str(words), device],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parents[2],
             stderr=subprocess.PIPE,
@@ -188,7 +190,8 @@ def launch(folder: Path, world_size: int, cases: Sequence[Case]) -> dict[str, Ou
 
 def run_cases(folder: Path, cases: Sequence[Case], world: World) -> dict[str, Outcome]:
     """Run the cases in this process, together with the other ranks of `world`."""
-    return {case.name: _run(case, folder, world) for case in cases}
+    with attention_backends(world.device):
+        return {case.name: _run(case, folder, world) for case in cases}
 
 
 def plan_for(case: Case, folder: Path, world: World) -> Plan:
@@ -209,7 +212,12 @@ def plan_for(case: Case, folder: Path, world: World) -> Plan:
         world=world,
         # Not args.seed: a case that loads begins with other weights, yet trains on the same sequences.
         dataset=data(TokenShards(folder / "data"), sequence_length=SEQUENCE_LENGTH, seed=0),
-        size=dataclasses.replace(SIZE, tied=case.tied, layers=case.layers, kv_heads=case.kv_heads),
+        size=dataclasses.replace(
+            SIZE_ON_GPUS if world.device.type == "cuda" else SIZE,
+            tied=case.tied,
+            layers=case.layers,
+            kv_heads=case.kv_heads,
+        ),
         precision=precision(args.dtype, world.device),
         layout=kind.layout(world, args),
         run_directory=folder / case.name,
@@ -228,7 +236,7 @@ def weights(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         digest.update(name.removeprefix("module.").encode())
-        digest.update(whole.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(whole.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -275,11 +283,11 @@ def _elements(optimizer: torch.optim.Optimizer) -> int:
 
 def main() -> None:
     """One rank."""
-    folder, words = Path(sys.argv[1]), Path(sys.argv[2])
+    folder, words, device = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     cases = [Case(**fields) for fields in json.loads(words.read_text())]
     # What is compiled is traced and differentiated as ever, but runs without the code that takes a minute to generate.
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    with joined("cpu") as world:
+    with joined(device) as world:
         outcomes = run_cases(folder, cases, world)
         if world.is_first:
             found = {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()}
