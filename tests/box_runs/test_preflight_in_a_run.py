@@ -35,6 +35,22 @@ GPU_FOLDER = (
 )
 
 
+@pytest.fixture(scope="module")
+def box() -> Iterator[boxes.Box]:
+    """A box of this file's own: a fault waits on n2, which Slurm chooses only where nobody else's job holds it."""
+    name = f"preflight-{os.getpid()}"
+    yield boxes.up(nodes=4, name=name, gpus=0)
+    boxes.down(name)
+
+
+@pytest.fixture(autouse=True)
+def all_nodes_idle(launcher: Launcher) -> None:
+    def idle() -> bool:
+        return set(launcher.slurm("sinfo", "--noheader", "--Node", "--format=%T").split()) == {"idle"}
+
+    wait_until(idle, "the nodes that the test before held")
+
+
 @pytest.fixture(autouse=True)
 def namespaces() -> None:
     if subprocess.run(["unshare", "-rmn", "true"], check=False, capture_output=True).returncode:
