@@ -23,7 +23,7 @@ class Metrics:
 
     Rates are over the time since the line before, without what `paused` encloses. `mfu` is by the `full`
     convention of `flops` (torchtitan's and MaxText's), and absent where the device's peak is unknown or the
-    computation is not in bfloat16, which the peak is for.
+    matrix products are not in bfloat16, which the peak is for.
     """
 
     def __init__(

@@ -25,6 +25,8 @@ class Precision:
     """Of matrix products and activations."""
     master: torch.dtype
     """Of the parameters that the optimizer updates, and of its moments."""
+    products: torch.dtype | None = None
+    """Of the layers' matrix products, where they are rounded further than the rest."""
 
     @property
     def is_mixed(self) -> bool:

@@ -182,7 +182,7 @@ def train(plan: Plan, technique: Technique) -> None:
         attempt=attempt(),
         steps=args.steps,
         flops=flops,
-        compute=plan.precision.compute,
+        compute=plan.precision.products or plan.precision.compute,
     )
     _seed_everything(args.seed + world.rank)
     trained = Trained(
