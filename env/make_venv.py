@@ -20,8 +20,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -30,7 +31,8 @@ LOG = VENV / "setup.log"
 STAMP = VENV / ".setup-stamp"
 LOCKED = Path("env/requirements/dev.txt")
 TORCH = Path("env/requirements/torch.txt")
-INPUTS = (Path("pyproject.toml"), Path("env/make_venv.py"), LOCKED, TORCH)
+DEEPSPEED = Path("env/requirements/deepspeed.txt")
+INPUTS = (Path("pyproject.toml"), Path("env/make_venv.py"), LOCKED, TORCH, DEEPSPEED)
 """Everything that decides what .venv holds; a change in one of them makes the next call work again."""
 
 OLDEST = (3, 11)
@@ -93,6 +95,7 @@ def make_environment(wanted: str) -> None:
         say("python", f"{sys.version.split()[0]} in .venv; details in .venv/setup.log")
         install_torch(wanted)
         install_locked()
+        install_deepspeed()
         install_project()
         STAMP.write_text(fingerprint())
     return say("done", f"in {time.monotonic() - started:.0f} s")
@@ -198,6 +201,19 @@ def install_locked() -> None:
     say("packages", f"{(ROOT / LOCKED).read_text().count('==')} as locked in {LOCKED}")
 
 
+def install_deepspeed() -> None:
+    """What chapter 5 runs on, for the tests: the version of its own locked environment, over this torch.
+
+    Alone, because it asks for a torch; what else it needs is in LOCKED. There is no wheel of it. It is Python as long as
+    no operator is built ahead, and looks for a CUDA compiler unless it is told that this is a CPU.
+    """
+    pinned = next(line for line in (ROOT / DEEPSPEED).read_text().splitlines() if line.startswith("deepspeed=="))
+    told = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
+    if not logged(pip("install", "--no-deps", "--no-build-isolation", pinned), told):
+        raise SetupError(f"pip could not install {pinned}: {last_complaint()}; see {LOG}")
+    say("deepspeed", f"{pinned.split('==')[1]}, as locked in {DEEPSPEED}; its operators are compiled at first use")
+
+
 def install_project() -> None:
     # Without build isolation: setuptools is locked and installed already, so nothing more is downloaded.
     if not logged(pip("install", "--no-deps", "--no-build-isolation", "--editable", ".")):
@@ -216,10 +232,10 @@ def pip(*words: str | Path) -> list[str | Path]:
     return module("pip", *words)
 
 
-def logged(command: Sequence[str | Path]) -> bool:
-    """Run a command with its output in the log. Returns whether it succeeded."""
+def logged(command: Sequence[str | Path], told: Mapping[str, str] = MappingProxyType({})) -> bool:
+    """Run a command with its output in the log, and with the variables `told`. Returns whether it succeeded."""
     environment = {name: value for name, value in os.environ.items() if name not in MEDDLING}
-    environment.update(PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1")
+    environment.update(PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1", **told)
     with LOG.open("a") as log:
         print("\n$", *command, file=log, flush=True)
         ended = subprocess.run(

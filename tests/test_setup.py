@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = ("pyproject.toml", "env/make_venv.py", "env/requirements/torch.txt", "env/requirements/dev.txt")
+LOCKS = tuple(f"env/requirements/{name}.txt" for name in ("torch", "dev", "deepspeed"))
+INPUTS = ("pyproject.toml", "env/make_venv.py", *LOCKS)
 
 
 class Machine:
@@ -175,7 +176,7 @@ def test_a_change_of_what_decides_the_environment_installs_again(machine: Machin
     with (machine.root / changed).open("a") as file:
         file.write("# changed\n")
     machine.setup()
-    assert any(line.startswith("pip install --no-deps") for line in machine.commands)
+    assert any(line.endswith("--editable .") for line in machine.commands)
 
 
 def test_an_interrupted_setup_is_taken_up_again(machine: Machine) -> None:
@@ -248,6 +249,19 @@ def test_this_environment_is_the_locked_one() -> None:
 def test_everything_that_pyproject_asks_for_is_locked() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert names(project["dependencies"] + project["optional-dependencies"]["dev"]) <= set(locked())
+
+
+def test_deepspeed_is_the_one_of_its_locked_environment(machine: Machine) -> None:
+    """And comes without a torch of its own: pip would take the CUDA build."""
+    machine.setup()
+    (command,) = [line for line in machine.commands if "deepspeed==" in line]
+    version = importlib.metadata.version("deepspeed")
+    assert command == f"pip install --no-deps --no-build-isolation deepspeed=={version}"
+
+
+def test_what_deepspeed_itself_needs_is_locked() -> None:
+    needed = names(importlib.metadata.requires("deepspeed") or [])
+    assert needed - {"torch"} <= set(locked())
 
 
 def test_what_torch_itself_needs_is_locked() -> None:

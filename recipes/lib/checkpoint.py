@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -85,6 +85,17 @@ class Progress:
     """What the technique goes on with, such as the number by which a loss is scaled."""
 
 
+@runtime_checkable
+class StateKeeper(Protocol):
+    """A technique that knows by itself where model and optimizer are: torch would not find them (ZeRO's buffers)."""
+
+    def checkpoint_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of the model and of the optimizer, by the names that `torch_state` would give them; references."""
+
+    def state_was_loaded(self, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
+        """Take over what `checkpoint_state` gave: its tensors have been filled in place. All ranks call this together."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a checkpoint holds of the model's side."""
@@ -99,6 +110,8 @@ class Trained:
     """The model's, by the fields of ModelSize."""
     context: int = 0
     """Tokens per sequence."""
+    keeper: StateKeeper | None = None
+    """Who knows where the state of model and optimizer is; None: torch finds it."""
 
     def description(self, step: int, world: World) -> manifest.Manifest:
         """What the manifest says of the model's side."""
@@ -195,14 +208,10 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
     if random_key not in filesystem.FileSystemReader(folder).read_metadata().state_dict_metadata:
         del state[random_key]
     state = _load(state, folder, world)
-    if own_part(trained.optimizer) is trained.optimizer:
-        set_state_dict(
-            trained.model,
-            trained.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=_OPTIONS,
-        )
+    if trained.keeper is not None:
+        trained.keeper.state_was_loaded(state["model"], state["optimizer"])
+    elif own_part(trained.optimizer) is trained.optimizer:
+        set_torch_state(trained.model, trained.optimizer, state["model"], state["optimizer"])
     else:
         # The moments are loaded already, in place. torch cannot take them apart into a sharded optimizer's groups,
         # of which one may have no parameter on this rank; what else is in there, every step sets or the arguments say.
@@ -226,13 +235,30 @@ def state_of(trained: Trained, progress: Progress, world: World) -> dict[str, An
     Values that are no tensors are JSON or bytes, one key each: torch.distributed.checkpoint takes nested ones
     apart, and a later field would be a missing key in every older checkpoint.
     """
-    model, optimizer = get_state_dict(trained.model, own_part(trained.optimizer), options=_OPTIONS)
+    if trained.keeper is not None:
+        model, optimizer = trained.keeper.checkpoint_state()
+    else:
+        model, optimizer = torch_state(trained.model, own_part(trained.optimizer))
     return {
         "model": model,
         "optimizer": optimizer,
         "progress": json.dumps(asdict(progress)),
         _random_key(world): _random_state(world),
     }
+
+
+def torch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the model and of the optimizer, under the names of the model's parameters."""
+    return get_state_dict(model, optimizer, options=_OPTIONS)
+
+
+def set_torch_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, model_state: dict[str, Any], optimizer_state: dict[str, Any]
+) -> None:
+    """Take over what `torch_state` gave, of this process or of another."""
+    set_state_dict(
+        model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=_OPTIONS
+    )
 
 
 def _random_key(world: World) -> str:

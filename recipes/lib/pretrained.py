@@ -18,6 +18,8 @@ from recipes.lib.arguments import ArgumentError
 from recipes.lib.model_sizes import SIZES, ModelSize, RopeScaling
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from recipes.lib.model import Transformer
 
 CONFIG_FILE = "config.json"
@@ -162,8 +164,12 @@ def check_folder(init_from: str, size: ModelSize, model: str = "") -> None:
     _check_tensors(init_from, folder, tied=size.tied, layers=size.layers)
 
 
-def load_pretrained(model: Transformer, folder: str | Path) -> None:
+def load_pretrained(
+    model: Transformer, folder: str | Path, tensors: Mapping[str, Tensor] | None = None
+) -> None:
     """Fill the parameters of `model` in place from the safetensors in `folder`, converting to their dtypes.
+
+    Or, where they are kept elsewhere, what stands for each of them in `tensors`.
 
     The model has its memory already, and may be sharded: a rank reads the slices of its own shards, one
     tensor at a time, out of memory-mapped files; ranks exchange nothing. Raises ArgumentError as
@@ -174,7 +180,7 @@ def load_pretrained(model: Transformer, folder: str | Path) -> None:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     check_folder(str(folder), model.size)
-    ours = {to_hugging_face(name): tensor for name, tensor in model.state_dict().items()}
+    ours = {to_hugging_face(name): tensor for name, tensor in (tensors or model.state_dict()).items()}
     reader = HuggingFaceStorageReader(str(Path(folder).expanduser()))
     with torch.no_grad(), warnings.catch_warnings():
         # no_dist is on purpose: a rank that cannot read must fail by itself, not leave the others in a

@@ -41,9 +41,11 @@ from recipes.ch3.ddp import Replicated
 from recipes.ch3.ddp_args import DdpArgs
 from recipes.ch4.fsdp import Sharded, make_grid
 from recipes.ch4.fsdp_args import FsdpArgs
+from recipes.ch5.deepspeed import Zero
+from recipes.ch5.deepspeed_args import DeepSpeedArgs
 from recipes.lib import checkpoint, manifest, saving
 from recipes.lib.arguments import TrainArgs
-from recipes.lib.checkpoint import Progress, Trained
+from recipes.lib.checkpoint import Progress, StateKeeper, Trained
 from recipes.lib.dataset import Dataset
 from recipes.lib.distributed import World, joined
 from recipes.lib.layout import Layout
@@ -108,6 +110,7 @@ TECHNIQUES = {
     "pipeline": Kind(PipelineParallelArgs, Pipeline.build, make_layout),
     "data_parallel": Kind(DataParallelArgs, Copies.build),
     "tensor_parallel": Kind(TensorParallelArgs, Split.build, make_tensor_grid),
+    "zero": Kind(DeepSpeedArgs, Zero.build),
 }
 
 
@@ -235,6 +238,10 @@ def weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # ZeRO's
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            whole = safe_get_full_fp32_param(parameter)
         digest.update(name.removeprefix("module.").encode())
         digest.update(whole.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -245,7 +252,10 @@ def _run(case: Case, folder: Path, world: World) -> Outcome:
     plan = plan_for(case, folder, world)
     technique = build(case, plan)
     weights_before = weights(technique.model)
-    trained = Trained(technique.model, technique.optimizer, {"batch_size": plan.args.batch_size})
+    keeper = technique if isinstance(technique, StateKeeper) else None
+    trained = Trained(
+        technique.model, technique.optimizer, {"batch_size": plan.args.batch_size}, keeper=keeper
+    )
     progress, drawn, results = Progress(), [], []
     if case.load:
         torch.manual_seed(99)

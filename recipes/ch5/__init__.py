@@ -1,0 +1,1 @@
+"""Chapter 5: DeepSpeed and Megatron-Core through the same loop."""

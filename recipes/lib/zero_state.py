@@ -1,0 +1,128 @@
+"""What DeepSpeed's ZeRO holds of model and optimizer, under the names and in the shapes that checkpoints have.
+
+ZeRO copies the parameters into flat buffers in float32 and gives each rank a part of them; the optimizer sees these
+buffers alone. Here each parameter's part is found in them: a view, so a save copies nothing and a load fills it in
+place. In stages 1 and 2 a group of parameters is one buffer, cut into as many parts as there are ranks; in stage 3 every
+parameter is cut, and the parts of many make a buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recipes.lib.flat_slices import FlatSlice
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """This rank's numbers of one parameter."""
+
+    start: int
+    """Position of the first in the parameter."""
+    buffer: Tensor
+    """The flat one that holds them, in float32; the optimizer's state is filed under it."""
+    begin: int
+    """Their position in the buffer."""
+    count: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The same numbers of a buffer of the same length."""
+        return flat.detach().narrow(0, self.begin, self.count)
+
+
+class ZeroState:
+    """The state of `zero`, an engine's optimizer in stage 1, 2 or 3, over the parameters of `model`."""
+
+    def __init__(self, model: nn.Module, zero: Any, stage: int) -> None:
+        self._zero, self._stage = zero, stage
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+        self._parts = dict(self._sliced(model) if stage == 3 else self._grouped(model))
+
+    def model(self) -> dict[str, FlatSlice]:
+        """The parameters in float32."""
+        return {name: self._slice(name, lambda part: part.buffer) for name in self.shapes}
+
+    def optimizer(self) -> dict[str, Any]:
+        """The optimizer's state and options as torch's AdamW would name them, under each parameter's name."""
+        found: dict[str, Any] = {}
+        step = torch.tensor(float(self._steps()))
+        for name, shape in self.shapes.items():
+            found[f"state.{name}.step"] = step
+            for moment in MOMENTS:
+                found[f"state.{name}.{moment}"] = self._slice(
+                    name, lambda part, moment=moment: self._moments(part.buffer)[moment]
+                )
+            for option, value in self._options(shape).items():
+                found[f"param_groups.{name}.{option}"] = value
+        return found
+
+    def loaded(self, optimizer: dict[str, Any]) -> None:
+        """After `model` and `optimizer` were filled: the rest follows. All ranks call this together."""
+        step = float(next(value for key, value in optimizer.items() if key.endswith(".step")))
+        for part in self._parts.values():
+            state = self._moments(part.buffer)
+            state["step"] = torch.full_like(state["step"], step) if isinstance(state["step"], Tensor) else int(step)
+        self.compute_with_it()
+
+    def put(self, name: str, whole: Tensor) -> None:
+        """Keep this rank's part of a parameter's new values."""
+        if (part := self._parts.get(name)) is not None:
+            part.of(part.buffer).copy_(whole.flatten()[part.start : part.start + part.count])
+
+    def compute_with_it(self) -> None:
+        """Bring what is in float32 to the parameters that compute. All ranks call this together."""
+        if self._stage < 3:
+            self._zero.update_lp_params()
+            return
+        for number in range(len(self._zero.fp32_partitioned_groups_flat)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(number)
+        if whole := self._zero.persistent_parameters:
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
+
+    def _grouped(self, model: nn.Module) -> Iterator[tuple[str, _Part]]:
+        for name, parameter in model.named_parameters():
+            if (mapping := parameter._hp_mapping) is not None:
+                (buffer,) = self._zero.optimizer.param_groups[mapping.param_group_index]["params"]
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                yield name, _Part(there.start, buffer, here.start, here.numel)
+
+    def _sliced(self, model: nn.Module) -> Iterator[tuple[str, _Part]]:
+        for name, parameter in model.named_parameters():
+            number, begin, room = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            start = room * torch.distributed.get_rank(parameter.ds_process_group)
+            count = min(room, parameter.ds_numel - start)  # the last ranks' slices are filled up with zeros
+            if count > 0:
+                yield name, _Part(start, self._zero.fp32_partitioned_groups_flat[number], begin, count)
+
+    def _slice(self, name: str, flat_of: Any) -> FlatSlice:
+        part = self._parts.get(name)
+        if part is None:
+            return FlatSlice(self.shapes[name], 0, torch.empty(0))
+        return FlatSlice(self.shapes[name], part.start, part.of(flat_of(part)))
+
+    def _moments(self, buffer: Tensor) -> dict[str, Any]:
+        """The optimizer's state of a buffer; made where there was no step yet, as torch's AdamW makes it."""
+        state: dict[str, Any] = self._zero.optimizer.state[buffer]
+        if not state:
+            torchs = isinstance(self._zero.optimizer, torch.optim.AdamW)
+            state["step"] = torch.zeros((), device=buffer.device) if torchs else 0
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(buffer)
+        return state
+
+    def _steps(self) -> float:
+        return float(next(iter(self._moments(part.buffer)["step"] for part in self._parts.values())))
+
+    def _options(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """Of torch's AdamW, whoever's is in use here, so that every technique finds in a checkpoint what it asks for."""
+        torchs = torch.optim.AdamW([torch.empty(0)], fused=True).param_groups[0]
+        ours = self._zero.optimizer.param_groups[0 if len(shape) > 1 else 1]
+        return {name: ours.get(name, value) for name, value in torchs.items() if name != "params"}

@@ -1,0 +1,272 @@
+"""ZeRO trains as one process does, goes on from its checkpoints and from everybody else's, and refuses what cannot be.
+
+DeepSpeed keeps float32 at most, where the order of summation costs up to 1e-6 of the loss and 5e-5 of the norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.ch5.deepspeed_args import DeepSpeedArgs
+from recipes.ch5.deepspeed_config import BETAS, deepspeed_config
+from recipes.lib import optimizer
+from recipes.lib.arguments import ArgumentError
+from tests.recipes.parity import SAVED_AGAIN_AT, SAVED_AT, STEPS, Case, Outcome, launch, make_data
+from tests.recipes.test_training import metrics_of, start
+
+# The first test waits for every process of the file: a minute on two idle cores, several on busy ones.
+pytestmark = pytest.mark.timeout(900)
+
+SLICED = {"stage": 3, "persistence_threshold": 100}
+"""By default parameters as small as those of these models stay whole."""
+HOST = {**SLICED, "offload_optimizer": "cpu", "offload_parameters": "cpu"}
+WAYS: dict[str, dict[str, object]] = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": SLICED,
+    "zero3-some-whole": {"stage": 3},
+    "zero2-host": {"stage": 2, "offload_optimizer": "cpu"},
+    "zero3-host": HOST,
+}
+EVEN = {"batch_size": 8, "dtype": "float32"}
+# On four ranks 1, 2, 1 and 2 sequences, one at a time; targets that do not count, unevenly; tied tables.
+UNEVEN = {"batch_size": 6, "microbatch_size": 1, "dtype": "float32"}
+LAYOUTS = {"even": {"args": EVEN}, "uneven": {"args": UNEVEN, "ragged": True, "tied": True}}
+
+
+def cases(world_size: int, layout: str, *ways: str) -> list[Case]:
+    facts = LAYOUTS[layout]
+    return [
+        Case(f"{way}-{layout}-x{world_size}", "zero", world_size, **{**facts, "args": {**facts["args"], **WAYS[way]}})
+        for way in ways
+    ]
+
+
+PARITY = [
+    *cases(2, "uneven", *WAYS),
+    *cases(2, "even", "zero2", "zero3"),
+    *cases(4, "uneven", "zero1", "zero2", "zero3"),
+]
+RECOMPUTED = [
+    Case(f"{way}-{mode}-recompute-uneven-x2", "zero", 2, ragged=True, tied=True,
+         args={**UNEVEN, **WAYS[way], "activation_checkpointing": mode})
+    for way, mode in (("zero2", "selective"), ("zero3", "full"))
+]  # fmt: skip
+ROUNDED = [
+    Case(f"zero{stage}-rounded", "zero", 2, args={**EVEN, **WAYS[f"zero{stage}"], "dtype": "bfloat16"})
+    for stage in range(4)
+]
+
+
+def leaving(name: str, technique: str, world_size: int, **args: object) -> Case:
+    """Trains all steps and leaves a checkpoint on the way."""
+    return Case(name, technique, world_size, args={**UNEVEN, **args}, tied=True, save=True)
+
+
+def going_on(name: str, technique: str, world_size: int, **args: object) -> Case:
+    """Begins with other weights, and with the checkpoint that its name begins with."""
+    load = name.partition("-to-")[0]
+    return Case(name, technique, world_size, args={**UNEVEN, "seed": 1, **args}, tied=True, load=load)
+
+
+LEAVING = [
+    leaving("z1", "zero", 4, stage=1),
+    leaving("z3", "zero", 4, **SLICED),
+    leaving("host", "zero", 4, **HOST),
+    leaving("f4", "fsdp", 4),
+]
+AT_THE_SAME_SIZE = [
+    going_on("z1-to-z1", "zero", 4, stage=1),
+    going_on("z3-to-z3", "zero", 4, **SLICED),
+    going_on("host-to-host", "zero", 4, **HOST),
+]
+ELSEWHERE = [
+    going_on("z1-to-z3", "zero", 4, **SLICED),
+    going_on("z3-to-fsdp", "fsdp", 4),
+    going_on("f4-to-z3", "zero", 4, **SLICED),
+    dataclasses.replace(going_on("z3-to-two", "zero", 2, **SLICED), save=True),
+    going_on("z3-to-two-z0", "zero", 2, stage=0),
+    going_on("host-to-ddp", "ddp", 2),
+]
+BACK = dataclasses.replace(going_on("back", "zero", 4, **SLICED), load="z3-to-two")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """What every case computed. The order of the launches has each checkpoint written before it is read."""
+    folder: Path = tmp_path_factory.mktemp("zero")
+    make_data(folder / "data")
+    references = [
+        Case(f"baseline-{layout}", "baseline", 1, **{**facts, "args": {**facts["args"], "microbatch_size": 0}})
+        for layout, facts in LAYOUTS.items()
+    ]
+    found = launch(folder, 1, references)
+    on = {size: [case for case in (*PARITY, *RECOMPUTED, *ROUNDED) if case.world_size == size] for size in (2, 4)}
+    later = [*AT_THE_SAME_SIZE, *ELSEWHERE]
+    found |= launch(folder, 4, [*on[4], *LEAVING, *(case for case in later if case.world_size == 4)])
+    found |= launch(folder, 2, [*on[2], *(case for case in later if case.world_size == 2)])
+    found |= launch(folder, 4, [BACK])
+    return found
+
+
+def relative(ours: list[float], theirs: list[float]) -> float:
+    """Largest relative difference of two series."""
+    assert len(ours) == len(theirs)
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("case", [*PARITY, *RECOMPUTED], ids=lambda case: case.name)
+def test_trains_as_one_process_does(case: Case, outcomes: dict[str, Outcome]) -> None:
+    ours = outcomes[case.name]
+    reference = outcomes["baseline-uneven" if "uneven" in case.name else "baseline-even"]
+    loss_error, norm_error = relative(ours.losses, reference.losses), relative(ours.grad_norms, reference.grad_norms)
+    print(f"PARITY {case.name} loss {loss_error:.2e} norm {norm_error:.2e}")
+    assert len(ours.losses) == STEPS
+    assert ours.weights_before == reference.weights_before
+    assert loss_error < 1e-6
+    assert norm_error < 5e-5
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids=lambda case: case.name)
+def test_bfloat16_begins_with_the_same_weights_and_stays_near(case: Case, outcomes: dict[str, Outcome]) -> None:
+    """And is not equal, or nothing was computed in it."""
+    ours, exact = outcomes[case.name], outcomes["baseline-even"]
+    assert ours.weights_before == exact.weights_before
+    assert 1e-6 < relative(ours.losses, exact.losses) < 1e-2
+    assert relative(ours.grad_norms, exact.grad_norms) < 5e-2
+
+
+def test_each_rank_has_its_part_of_the_moments_only(outcomes: dict[str, Outcome]) -> None:
+    whole = outcomes["zero0-uneven-x2"].moments
+    assert len(set(whole)) == 1
+    for way in ("zero1", "zero2", "zero3", "zero2-host", "zero3-host"):
+        for size in (2, 4) if f"{way}-uneven-x4" in outcomes else (2,):
+            parts = outcomes[f"{way}-uneven-x{size}"].moments
+            assert max(parts) == pytest.approx(whole[0] / size, rel=0.01)
+
+
+@pytest.mark.parametrize("case", AT_THE_SAME_SIZE, ids=lambda case: case.name)
+def test_goes_on_bit_for_bit_at_the_same_world_size(case: Case, outcomes: dict[str, Outcome]) -> None:
+    resumed, straight = outcomes[case.name], outcomes[case.load]
+    assert resumed.weights_before != straight.weights_before
+    assert resumed.losses == straight.losses[SAVED_AT:]
+    assert resumed.grad_norms == straight.grad_norms[SAVED_AT:]
+    assert resumed.weights_after == straight.weights_after
+    assert resumed.random == straight.random
+    assert len({tuple(numbers) for numbers in resumed.random}) == case.world_size
+
+
+@pytest.mark.parametrize("case", [*ELSEWHERE, BACK], ids=lambda case: case.name)
+def test_goes_on_in_another_world_size_stage_and_technique(case: Case, outcomes: dict[str, Outcome]) -> None:
+    """Only the order of summation changes."""
+    resumed = outcomes[case.name]
+    straight = outcomes["z3" if case is BACK else case.load]
+    steps = STEPS - (SAVED_AGAIN_AT if case is BACK else SAVED_AT)
+    assert len(resumed.losses) == steps
+    assert resumed.losses == pytest.approx(straight.losses[-steps:], rel=1e-6)
+    assert resumed.grad_norms == pytest.approx(straight.grad_norms[-steps:], rel=5e-5)
+
+
+def test_the_recipe_saves_goes_on_and_shows_its_configuration(tmp_path: Path) -> None:
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "recipes.ch5.deepspeed", "stage=3"]
+    run = tmp_path / "run"
+    first = start([*words, "steps=2", "warmup_steps=0", "min_lr_ratio=1"], tmp_path, RUN_DIR=str(run), ATTEMPT="1")
+    assert first.returncode == 0, first.stderr
+    config = json.loads((run / "deepspeed.json").read_text())
+    assert config["zero_optimization"]["stage"] == 3
+    assert '"train_micro_batch_size_per_gpu": 4' in first.stdout
+    second = start([*words, "steps=3", "warmup_steps=0", "min_lr_ratio=1"], tmp_path, RUN_DIR=str(run), ATTEMPT="2")
+    assert second.returncode == 0, second.stderr
+    assert [(line["attempt"], line["step"]) for line in metrics_of(run)] == [(1, 1), (1, 2), (2, 3)]
+
+
+def test_without_deepspeed_it_is_one_line(tmp_path: Path) -> None:
+    """In a Python that has torch, and no deepspeed."""
+    hidden = "import sys, runpy; sys.modules['deepspeed'] = None; runpy.run_module('recipes.ch5.deepspeed', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", hidden, "steps=1"],
+        cwd=Path(__file__).parents[2], env={**os.environ, "RUN_DIR": str(tmp_path / "run")},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "needs deepspeed" in done.stderr
+    assert "python -m launcher env install deepspeed" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+REFUSED = {
+    "dtype": {"dtype": "float64"},
+    "offload_optimizer": {"stage": 0, "offload_optimizer": "cpu"},
+    "offload_parameters": {"stage": 2, "offload_parameters": "cpu", "offload_optimizer": "cpu"},
+    "nvme_folder": {"stage": 3, "offload_optimizer": "nvme", "adam": "deepspeed", "save_every": -1},
+    "adam": {"stage": 3, "offload_optimizer": "nvme", "nvme_folder": "/nvme", "save_every": -1},
+    "save_every": {"stage": 3, "offload_optimizer": "nvme", "nvme_folder": "/nvme", "adam": "deepspeed"},
+    "compile": {"stage": 3, "compile": True},
+    "activation_checkpointing": {"stage": 3, "activation_checkpointing": "selective"},
+    "persistence_threshold": {"persistence_threshold": 5},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_does_not_go_together_is_one_line_that_names_the_key(key: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        DeepSpeedArgs(**REFUSED[key])
+    assert caught.value.key == key
+    assert "\n" not in str(caught.value)
+
+
+def test_stages_below_three_keep_parameters_on_the_device() -> None:
+    for more in ({"stage": 2, "offload_optimizer": "nvme"}, {"stage": 3, "offload_parameters": "cpu"}):
+        with pytest.raises(ArgumentError):
+            DeepSpeedArgs(nvme_folder="/nvme" if "nvme" in more.values() else "", **more)
+
+
+def config_of(*, on_gpu: bool = False, bfloat16: bool = False, **args: object) -> dict[str, object]:
+    return deepspeed_config(
+        DeepSpeedArgs(**args), rows=2, microbatches=3, shares=4, bfloat16=bfloat16, on_gpu=on_gpu
+    )
+
+
+def test_the_batch_sizes_multiply_out() -> None:
+    config = config_of()
+    assert config["train_batch_size"] == 24
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 3)
+    assert BETAS == optimizer.BETAS
+
+
+def test_offload_is_pinned_for_gpus_alone() -> None:
+    for on_gpu in (False, True):
+        section = config_of(stage=3, offload_optimizer="cpu", offload_parameters="cpu", on_gpu=on_gpu)["zero_optimization"]
+        assert section["offload_optimizer"] == section["offload_param"] == {"device": "cpu", "pin_memory": on_gpu}
+        assert section["overlap_comm"] is on_gpu
+
+
+def test_gradients_are_summed_in_float32_whatever_is_computed_in() -> None:
+    config = config_of(bfloat16=True)
+    assert config["bf16"] == {"enabled": True}
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["communication_data_type"] == "fp32"
+    assert "bf16" not in config_of(stage=0, bfloat16=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_on_gpus_it_learns_and_goes_on(stage: int, tmp_path: Path) -> None:
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "recipes.ch5.deepspeed"]
+    words += [f"stage={stage}", "data=stdlib", "sequence_length=64", "save_every=5"]
+    run = {**os.environ, "RUN_DIR": str(tmp_path / "run"), "CACHE_DIR": str(tmp_path)}
+    for steps in (5, 8):
+        subprocess.run([sys.executable, "-m", *words, f"steps={steps}"], cwd=Path(__file__).parents[2], env=run, check=True)
+    lines = metrics_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert lines[-1]["loss"] < lines[0]["loss"]

@@ -1,0 +1,46 @@
+"""A run of a matrix's numbers: which boxes it fills, and that a checkpoint of runs is a checkpoint of matrices."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from recipes.lib.flat_slices import FlatSlice, boxes
+
+SHAPES = [(7,), (4, 3), (1, 5), (5, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_boxes_of_every_run_are_its_numbers_in_order(shape: tuple[int, ...]) -> None:
+    whole = torch.arange(torch.Size(shape).numel()).view(shape)
+    for start, end in itertools.combinations_with_replacement(range(whole.numel() + 1), 2):
+        found = boxes(shape, start, end - start)
+        parts = [
+            whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))].flatten()
+            for offsets, sizes in found
+        ]
+        assert torch.cat([torch.empty(0, dtype=torch.long), *parts]).tolist() == list(range(start, end))
+        assert len(found) <= 3
+
+
+def test_a_matrix_is_saved_in_runs_and_loaded_in_others(tmp_path: Path) -> None:
+    """Runs that begin and end in the midst of rows, through the stager that lets a run go on while it saves."""
+    flat = torch.arange(15.0)
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    # One process has two of them, under two names: what two ranks would have under one.
+    staged = stager.stage({"a": FlatSlice((5, 3), 0, flat[:15])})
+    flat.zero_()  # the next step
+    assert isinstance(staged, dict)
+    state_dict_saver.save(staged, checkpoint_id=tmp_path / "saved", no_dist=True)
+    stager.close()
+    buffer = torch.full((8,), -1.0)
+    state_dict_loader.load({"a": FlatSlice((5, 3), 4, buffer)}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    assert buffer.tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+    whole = torch.empty(5, 3)
+    state_dict_loader.load({"a": whole}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    assert whole.flatten().tolist() == list(range(15))
