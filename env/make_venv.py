@@ -204,14 +204,19 @@ def install_locked() -> None:
 def install_deepspeed() -> None:
     """What chapter 5 runs on, for the tests: the version of its own locked environment, over this torch.
 
-    Alone, because it asks for a torch; what else it needs is in LOCKED. There is no wheel of it. It is Python as long as
-    no operator is built ahead, and looks for a CUDA compiler unless it is told that this is a CPU.
+    Alone, because it asks for a torch; what else it needs is in LOCKED. There is no wheel of it. It is Python as
+    long as no operator is built ahead, and looks for a CUDA compiler unless it is told that this is a CPU.
     """
-    pinned = next(line for line in (ROOT / DEEPSPEED).read_text().splitlines() if line.startswith("deepspeed=="))
+    pinned = next(
+        line for line in (ROOT / DEEPSPEED).read_text().splitlines() if line.startswith("deepspeed==")
+    )
     told = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
     if not logged(pip("install", "--no-deps", "--no-build-isolation", pinned), told):
         raise SetupError(f"pip could not install {pinned}: {last_complaint()}; see {LOG}")
-    say("deepspeed", f"{pinned.split('==')[1]}, as locked in {DEEPSPEED}; its operators are compiled at first use")
+    say(
+        "deepspeed",
+        f"{pinned.split('==')[1]}, as locked in {DEEPSPEED}; its operators are compiled at first use",
+    )
 
 
 def install_project() -> None:

@@ -1,6 +1,7 @@
-"""DDP and each FSDP strategy on the same work in one job: memory, speed and stall side by side.
+"""DDP, each FSDP strategy and DeepSpeed's ZeRO on the same work in one job: memory, speed and stall side by side.
 
     torchrun --nproc-per-node 2 -m recipes.ch4.compare strategies=ddp,full_shard steps=6
+    torchrun --nproc-per-node 2 -m recipes.ch4.compare strategies=full_shard,zero1,zero2,zero3 steps=6
 
 One set of processes builds a model, trains a few steps, forgets it and goes on to the next strategy: same weights, same
 sequences, so the losses must be equal. They are compared with the first strategy's, step by step.
@@ -22,8 +23,11 @@ from recipes.ch3.ddp_args import DdpArgs
 from recipes.ch4.compare_args import CompareArgs
 from recipes.ch4.fsdp import Sharded, make_grid
 from recipes.ch4.fsdp_args import FsdpArgs
+from recipes.ch5.deepspeed import Zero
+from recipes.ch5.deepspeed_args import DeepSpeedArgs
 from recipes.lib.arguments import TrainArgs, parse_or_exit
 from recipes.lib.comparison_plots import comparison_png
+from recipes.lib.deepspeed_stack import check_deepspeed
 from recipes.lib.distributed import World, joined
 from recipes.lib.flops import parameter_count
 from recipes.lib.measurements import Measurements, several
@@ -85,11 +89,19 @@ def fsdp(strategy: str) -> Callable[[Plan, CompareArgs], Technique]:
     return build
 
 
+def zero(stage: int) -> Callable[[Plan, CompareArgs], Technique]:
+    """Chapter 5's, in this stage."""
+    return lambda plan, args: Zero.build(plan, DeepSpeedArgs(**_shared(args), stage=stage))
+
+
 STRATEGIES: dict[str, Callable[[Plan, CompareArgs], Technique]] = {
     "ddp": ddp,
     "shard_grad_op": fsdp("shard_grad_op"),
     "full_shard": fsdp("full_shard"),
     "hybrid_shard": fsdp("hybrid_shard"),
+    "zero1": zero(1),
+    "zero2": zero(2),
+    "zero3": zero(3),
 }
 
 
@@ -97,6 +109,8 @@ STRATEGIES: dict[str, Callable[[Plan, CompareArgs], Technique]] = {
 def main() -> None:
     """Measure one strategy after the other; rank 0 prints and draws."""
     args = parse_or_exit(CompareArgs)
+    if args.zero:
+        check_deepspeed(f"strategies={args.zero[0]}")
     with joined(args.device) as world:
         several(world)
         args.check_ranks(world.size, world.local_size)
@@ -135,7 +149,10 @@ def measure_strategy(name: str, plan: Plan, args: CompareArgs) -> Measured:
         seconds.append(time.perf_counter() - began)
         own.step_is_over()
         results.append((loss.item(), norm.item()))
-    peak, kept = memory.peak(), kept_bytes(technique.model, technique.optimizer)
+    peak = memory.peak()
+    kept = (
+        technique.kept() if isinstance(technique, Zero) else kept_bytes(technique.model, technique.optimizer)
+    )
     together(world)
     stall = measure_stall(lambda: _one_more(plan, technique, own), world.device)
     everyone = [(peak, kept, seconds, stall)] * world.size
@@ -171,7 +188,7 @@ def does_not_fit(name: str, plan: Plan, args: CompareArgs) -> str | None:
     if world.device.type != "cuda":
         return None
     sharers = {"ddp": 1, "hybrid_shard": copy_ranks(args, world)}.get(name, world.size)
-    # Parameters, gradients and two moments.
+    # Parameters, gradients and two moments; what ZeRO holds besides is not counted.
     needed = 4 * plan.precision.master.itemsize * parameter_count(plan.size) / sharers
     has = torch.cuda.get_device_properties(world.device).total_memory
     if needed < has:

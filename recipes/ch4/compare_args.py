@@ -8,6 +8,8 @@ from recipes.lib.arguments import ArgumentError, TrainArgs, argument, arguments_
 
 STRATEGIES = ("ddp", "shard_grad_op", "full_shard", "hybrid_shard")
 """By what a rank keeps, from all to least."""
+ZERO = ("zero1", "zero2", "zero3")
+"""DeepSpeed's (chapter 5), where it is installed: shares the optimizer's state, gradients too, parameters too."""
 _OF_SAVING = ("log_every", "save_every", "keep", "keep_every", "async_save")
 
 
@@ -17,8 +19,8 @@ class CompareArgs(TrainArgs):
 
     strategies: list[str] = argument(
         list(STRATEGIES),
-        "what is compared, in this order; the first is what the others must equal",
-        STRATEGIES,
+        "what is compared, in this order; the first is what the others must equal; zero1 to zero3 are DeepSpeed's",
+        (*STRATEGIES, *ZERO),
     )
     steps: int = argument(10, "optimizer steps of each strategy", minimum=2)
     untimed: int = argument(
@@ -44,12 +46,21 @@ class CompareArgs(TrainArgs):
                 "untimed", self.untimed, f"wants less than steps={self.steps}: none would be timed"
             )
         if not self.strategies:
-            raise ArgumentError("strategies", "", f"wants one or more of {', '.join(STRATEGIES)}")
+            raise ArgumentError("strategies", "", f"wants one or more of {', '.join((*STRATEGIES, *ZERO))}")
         twice = [name for name in self.strategies if self.strategies.count(name) > 1]
         if twice:
             raise ArgumentError("strategies", ",".join(self.strategies), f"names {twice[0]} twice")
+        if self.zero and self.dtype == "float64":
+            raise ArgumentError(
+                "dtype", "float64", f"{self.zero[0]} keeps its parameters in float32; nearest: float32"
+            )
         if self.shard_size and "hybrid_shard" not in self.strategies:
             raise ArgumentError("shard_size", self.shard_size, "wants hybrid_shard among the strategies")
+
+    @property
+    def zero(self) -> list[str]:
+        """Those that are DeepSpeed's."""
+        return [name for name in self.strategies if name in ZERO]
 
     def check_ranks(self, ranks: int, ranks_per_node: int) -> None:
         """Refuse a shard_size that does not divide the ranks. Raises ArgumentError."""

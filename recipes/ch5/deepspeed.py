@@ -36,6 +36,7 @@ from recipes.lib.arguments import ArgumentError, parse_or_exit
 from recipes.lib.checkpoint import set_torch_state, torch_state
 from recipes.lib.deepspeed_stack import check_deepspeed, import_deepspeed, missing_for_disks
 from recipes.lib.distributed import World, joined
+from recipes.lib.memory import Kept, kept_bytes
 from recipes.lib.metrics import say
 from recipes.lib.model import Transformer, initial_values
 from recipes.lib.optimizer import clip_gradients, set_learning_rate
@@ -53,6 +54,8 @@ class Zero:
 
     engine: Any
     plan: Plan
+    config: dict[str, Any]
+    """What the engine was told."""
     state: ZeroState | None
     """None in stage 0, where parameters and optimizer are torch's own."""
 
@@ -72,7 +75,6 @@ class Zero:
             bfloat16=plan.precision.is_mixed,
             on_gpu=plan.world.device.type == "cuda",
         )
-        show(config, plan.run_directory, plan.world)
         with torch.device("meta"):  # shapes only
             model = Transformer(plan.size)
         checkpoint_activations(model, args.activation_checkpointing)
@@ -97,10 +99,10 @@ class Zero:
         place = types.SimpleNamespace(device_rank=plan.world.device.index or 0)
         engine, *_ = deepspeed.initialize(args=place, model=model, model_parameters=groups, config=config)
         if args.stage == 0:
-            return cls(engine, plan, None)
+            return cls(engine, plan, config, None)
         state = ZeroState(model, engine.optimizer, args.stage)
         fill(state, model, plan)
-        return cls(engine, plan, state)
+        return cls(engine, plan, config, state)
 
     @property
     def model(self) -> nn.Module:
@@ -142,6 +144,10 @@ class Zero:
         norm = math.inf if self.engine.optimizer.overflow else self.engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.plan.world.device)
 
+    def kept(self) -> Kept:
+        """Bytes that this rank holds between two steps."""
+        return kept_bytes(self.model, self.optimizer) if self.state is None else self.state.kept()
+
     def checkpoint_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Model and optimizer by name and shape, as every technique saves them."""
         if self.state is None:
@@ -182,7 +188,9 @@ def main() -> None:
     check_deepspeed("ch5_deepspeed")  # before data are prepared for minutes
     with joined(args.device) as world:
         plan = make_plan("ch5_deepspeed", args, world)
-        train(plan, Zero.build(plan, args))
+        technique = Zero.build(plan, args)
+        show(technique.config, plan.run_directory, world)
+        train(plan, technique)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ class DeepSpeedArgs(TrainArgs):
         """Refuse what does not go together, before a rank starts. Raises ArgumentError."""
         super().__post_init__()
         if self.dtype == "float64":
-            raise ArgumentError("dtype", "float64", "DeepSpeed keeps its parameters in float32; nearest: float32")
+            raise ArgumentError(
+                "dtype", "float64", "DeepSpeed keeps its parameters in float32; nearest: float32"
+            )
         if self.offload_optimizer != "none" and self.stage == 0:
             problem = "wants stage=1, 2 or 3: in stage 0 there is no ZeRO that could move it"
             raise ArgumentError("offload_optimizer", self.offload_optimizer, problem)
@@ -59,11 +61,17 @@ class DeepSpeedArgs(TrainArgs):
             problem = "wants offload_optimizer, too: what it keeps is four times as large"
             raise ArgumentError("offload_parameters", self.offload_parameters, problem)
         if self.on_disk and not self.nvme_folder:
-            raise ArgumentError("nvme_folder", "", "wants a folder on each node's own disk, for offload to nvme")
+            raise ArgumentError(
+                "nvme_folder", "", "wants a folder on each node's own disk, for offload to nvme"
+            )
         if self.on_disk and not Path(self.nvme_folder).is_absolute():
-            raise ArgumentError("nvme_folder", self.nvme_folder, "wants an absolute path, the same on every node")
+            raise ArgumentError(
+                "nvme_folder", self.nvme_folder, "wants an absolute path, the same on every node"
+            )
         if self.on_disk and self.adam != "deepspeed":
-            problem = "wants deepspeed where the moments are on a disk: what is brought back, its AdamW updates"
+            problem = (
+                "wants deepspeed where the moments are on a disk: what is brought back, its AdamW updates"
+            )
             raise ArgumentError("adam", self.adam, problem)
         if self.on_disk and self.save_every >= 0:
             problem = "wants -1 with offload to nvme: no checkpoint has been tried of what is on a disk"

@@ -62,7 +62,10 @@ def zero(args: DeepSpeedArgs, on_gpu: bool) -> dict[str, Any]:
             "stage3_param_persistence_threshold": args.persistence_threshold,
             "stage3_prefetch_bucket_size": args.bucket_size,
         }
-    for key, device in (("offload_optimizer", args.offload_optimizer), ("offload_param", args.offload_parameters)):
+    for key, device in (
+        ("offload_optimizer", args.offload_optimizer),
+        ("offload_param", args.offload_parameters),
+    ):
         if device != "none":
             # Pinned memory is for copies to a GPU, and cannot be had without one.
             section[key] = {"device": device, "pin_memory": on_gpu}

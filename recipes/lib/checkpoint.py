@@ -93,7 +93,7 @@ class StateKeeper(Protocol):
         """Of the model and of the optimizer, by the names that `torch_state` would give them; references."""
 
     def state_was_loaded(self, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
-        """Take over what `checkpoint_state` gave: its tensors have been filled in place. All ranks call this together."""
+        """Take over what `checkpoint_state` gave, with its tensors filled in place. All ranks call this together."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,10 @@ def torch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dic
 
 
 def set_torch_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, model_state: dict[str, Any], optimizer_state: dict[str, Any]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    model_state: dict[str, Any],
+    optimizer_state: dict[str, Any],
 ) -> None:
     """Take over what `torch_state` gave, of this process or of another."""
     set_state_dict(

@@ -14,9 +14,10 @@ from typing import Any
 
 from recipes.lib.distributed import LaunchError, World
 
-
 # torch 2.13 renames what 0.19.8 calls, and says so at every rank's first call.
-warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+_tensor` is deprecated", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message=r"`torch.distributed.\w+_tensor` is deprecated", category=FutureWarning
+)
 
 
 def check_deepspeed(recipe: str) -> None:

@@ -2,12 +2,13 @@
 
 ZeRO copies the parameters into flat buffers in float32 and gives each rank a part of them; the optimizer sees these
 buffers alone. Here each parameter's part is found in them: a view, so a save copies nothing and a load fills it in
-place. In stages 1 and 2 a group of parameters is one buffer, cut into as many parts as there are ranks; in stage 3 every
-parameter is cut, and the parts of many make a buffer.
+place. In stages 1 and 2 a group of parameters is one buffer, cut into as many parts as there are ranks; in stage 3
+every parameter is cut, and the parts of many make a buffer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.lib.flat_slices import FlatSlice
+from recipes.lib.memory import Kept
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -42,6 +44,7 @@ class ZeroState:
 
     def __init__(self, model: nn.Module, zero: Any, stage: int) -> None:
         self._zero, self._stage = zero, stage
+        self._parameters = list(model.parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
         self._parts = dict(self._sliced(model) if stage == 3 else self._grouped(model))
 
@@ -68,8 +71,20 @@ class ZeroState:
         step = float(next(value for key, value in optimizer.items() if key.endswith(".step")))
         for part in self._parts.values():
             state = self._moments(part.buffer)
-            state["step"] = torch.full_like(state["step"], step) if isinstance(state["step"], Tensor) else int(step)
+            state["step"] = (
+                torch.full_like(state["step"], step) if isinstance(state["step"], Tensor) else int(step)
+            )
         self.compute_with_it()
+
+    def kept(self) -> Kept:
+        """Bytes on this rank between two steps. The parameters are there twice: those that compute, and in float32."""
+        own = sum(part.count for part in self._parts.values())
+        computing = sum(
+            (getattr(p, "ds_tensor", p) if self._stage == 3 else p).nbytes for p in self._parameters
+        )
+        whole = sum(math.prod(shape) for shape in self.shapes.values())
+        size = next(iter(self._parts.values())).buffer.element_size()
+        return Kept(computing + own * size, (whole if self._stage == 1 else own) * size, 2 * own * size)
 
     def put(self, name: str, whole: Tensor) -> None:
         """Keep this rank's part of a parameter's new values."""
@@ -122,7 +137,7 @@ class ZeroState:
         return float(next(iter(self._moments(part.buffer)["step"] for part in self._parts.values())))
 
     def _options(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Of torch's AdamW, whoever's is in use here, so that every technique finds in a checkpoint what it asks for."""
+        """Of torch's AdamW, whoever's is in use: every technique finds in a checkpoint what it asks for."""
         torchs = torch.optim.AdamW([torch.empty(0)], fused=True).param_groups[0]
         ours = self._zero.optimizer.param_groups[0 if len(shape) > 1 else 1]
         return {name: ours.get(name, value) for name, value in torchs.items() if name != "params"}

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from recipes.ch4.compare_args import STRATEGIES, CompareArgs
+from recipes.ch4.compare_args import STRATEGIES, ZERO, CompareArgs
+from recipes.lib.arguments import ArgumentError
 from recipes.lib.flops import parameter_count
 from recipes.lib.memory import PeakMemory
 from recipes.lib.model_sizes import SIZES
@@ -33,22 +34,21 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
-    words = [
-        "steps=4",
-        "untimed=2",
-        "sequence_length=32",
-        "batch_size=4",
-        "dtype=float64",
-        f"vocab_size={ROWS}",
-    ]
+    return compare(folder, "steps=4", "untimed=2", "dtype=float64")
+
+
+def compare(folder: Path, *more: str) -> Path:
+    """The run directory of a comparison on two ranks."""
+    words = ["sequence_length=32", "batch_size=4", f"vocab_size={ROWS}", *more]
+    run = folder / f"run-{len(more)}"
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "recipes.ch4.compare",
          *words, f"data={folder / 'texts'}", "device=cpu"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
-        env={**os.environ, "RUN_DIR": str(folder / "run"), "CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "RUN_DIR": str(run), "CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder / "run"
+    return run
 
 
 def lines(run: Path) -> dict[str, dict[str, Any]]:
@@ -89,10 +89,35 @@ def test_times_stall_and_pictures_are_there(compared: Path) -> None:
         assert len(set(image.convert("L").tobytes())) > 5
 
 
+def test_zero_joins_in_float32(compared: Path) -> None:
+    names = ["ddp", *ZERO]
+    run = compare(compared.parent, "steps=2", "untimed=1", "dtype=float32", f"strategies={','.join(names)}")
+    found = lines(run)
+    assert list(found) == names
+    whole = found["ddp"]["kept"]["moments"]
+    for line in found.values():
+        assert line["losses"] == pytest.approx(found["ddp"]["losses"], rel=1e-6)
+        # AdamW's first update is the gradient's sign, where it is not tiny: rounding decides about those that are.
+        assert line["grad_norms"] == pytest.approx(found["ddp"]["grad_norms"], rel=5e-4)
+        assert line["kept"]["moments"] == pytest.approx(
+            whole / (1 if line["strategy"] == "ddp" else 2), rel=1e-3
+        )
+    # In float32, too, ZeRO computes with one copy of the parameters and updates another.
+    parameters = found["ddp"]["kept"]["parameters"]
+    for name, copies in (("zero1", 1.5), ("zero2", 1.5), ("zero3", 1.0)):
+        assert found[name]["kept"]["parameters"] == pytest.approx(copies * parameters, rel=1e-2)
+
+
+def test_zero_in_float64_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ArgumentError, match="zero2 keeps its parameters in float32"):
+        CompareArgs(strategies=["ddp", "zero2"], dtype="float64")
+
+
 def test_there_is_a_way_to_build_each_strategy() -> None:
     from recipes.ch4.compare import STRATEGIES as BUILDERS
 
-    assert tuple(BUILDERS) == STRATEGIES == tuple(CompareArgs().strategies)
+    assert tuple(CompareArgs().strategies) == STRATEGIES
+    assert tuple(BUILDERS) == (*STRATEGIES, *ZERO)
 
 
 def test_a_gpus_stall_is_where_no_kernel_computes() -> None:

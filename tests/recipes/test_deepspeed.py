@@ -46,7 +46,12 @@ LAYOUTS = {"even": {"args": EVEN}, "uneven": {"args": UNEVEN, "ragged": True, "t
 def cases(world_size: int, layout: str, *ways: str) -> list[Case]:
     facts = LAYOUTS[layout]
     return [
-        Case(f"{way}-{layout}-x{world_size}", "zero", world_size, **{**facts, "args": {**facts["args"], **WAYS[way]}})
+        Case(
+            f"{way}-{layout}-x{world_size}",
+            "zero",
+            world_size,
+            **{**facts, "args": {**facts["args"], **WAYS[way]}},
+        )
         for way in ways
     ]
 
@@ -106,11 +111,16 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     folder: Path = tmp_path_factory.mktemp("zero")
     make_data(folder / "data")
     references = [
-        Case(f"baseline-{layout}", "baseline", 1, **{**facts, "args": {**facts["args"], "microbatch_size": 0}})
+        Case(
+            f"baseline-{layout}", "baseline", 1, **{**facts, "args": {**facts["args"], "microbatch_size": 0}}
+        )
         for layout, facts in LAYOUTS.items()
     ]
     found = launch(folder, 1, references)
-    on = {size: [case for case in (*PARITY, *RECOMPUTED, *ROUNDED) if case.world_size == size] for size in (2, 4)}
+    on = {
+        size: [case for case in (*PARITY, *RECOMPUTED, *ROUNDED) if case.world_size == size]
+        for size in (2, 4)
+    }
     later = [*AT_THE_SAME_SIZE, *ELSEWHERE]
     found |= launch(folder, 4, [*on[4], *LEAVING, *(case for case in later if case.world_size == 4)])
     found |= launch(folder, 2, [*on[2], *(case for case in later if case.world_size == 2)])
@@ -128,7 +138,10 @@ def relative(ours: list[float], theirs: list[float]) -> float:
 def test_trains_as_one_process_does(case: Case, outcomes: dict[str, Outcome]) -> None:
     ours = outcomes[case.name]
     reference = outcomes["baseline-uneven" if "uneven" in case.name else "baseline-even"]
-    loss_error, norm_error = relative(ours.losses, reference.losses), relative(ours.grad_norms, reference.grad_norms)
+    loss_error, norm_error = (
+        relative(ours.losses, reference.losses),
+        relative(ours.grad_norms, reference.grad_norms),
+    )
     print(f"PARITY {case.name} loss {loss_error:.2e} norm {norm_error:.2e}")
     assert len(ours.losses) == STEPS
     assert ours.weights_before == reference.weights_before
@@ -137,7 +150,9 @@ def test_trains_as_one_process_does(case: Case, outcomes: dict[str, Outcome]) ->
 
 
 @pytest.mark.parametrize("case", ROUNDED, ids=lambda case: case.name)
-def test_bfloat16_begins_with_the_same_weights_and_stays_near(case: Case, outcomes: dict[str, Outcome]) -> None:
+def test_bfloat16_begins_with_the_same_weights_and_stays_near(
+    case: Case, outcomes: dict[str, Outcome]
+) -> None:
     """And is not equal, or nothing was computed in it."""
     ours, exact = outcomes[case.name], outcomes["baseline-even"]
     assert ours.weights_before == exact.weights_before
@@ -177,21 +192,34 @@ def test_goes_on_in_another_world_size_stage_and_technique(case: Case, outcomes:
 
 
 def test_the_recipe_saves_goes_on_and_shows_its_configuration(tmp_path: Path) -> None:
-    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "recipes.ch5.deepspeed", "stage=3"]
+    words = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "recipes.ch5.deepspeed",
+        "stage=3",
+    ]
     run = tmp_path / "run"
-    first = start([*words, "steps=2", "warmup_steps=0", "min_lr_ratio=1"], tmp_path, RUN_DIR=str(run), ATTEMPT="1")
+    first = start(
+        [*words, "steps=2", "warmup_steps=0", "min_lr_ratio=1"], tmp_path, RUN_DIR=str(run), ATTEMPT="1"
+    )
     assert first.returncode == 0, first.stderr
     config = json.loads((run / "deepspeed.json").read_text())
     assert config["zero_optimization"]["stage"] == 3
     assert '"train_micro_batch_size_per_gpu": 4' in first.stdout
-    second = start([*words, "steps=3", "warmup_steps=0", "min_lr_ratio=1"], tmp_path, RUN_DIR=str(run), ATTEMPT="2")
+    second = start(
+        [*words, "steps=3", "warmup_steps=0", "min_lr_ratio=1"], tmp_path, RUN_DIR=str(run), ATTEMPT="2"
+    )
     assert second.returncode == 0, second.stderr
     assert [(line["attempt"], line["step"]) for line in metrics_of(run)] == [(1, 1), (1, 2), (2, 3)]
 
 
 def test_without_deepspeed_it_is_one_line(tmp_path: Path) -> None:
     """In a Python that has torch, and no deepspeed."""
-    hidden = "import sys, runpy; sys.modules['deepspeed'] = None; runpy.run_module('recipes.ch5.deepspeed', run_name='__main__')"
+    run_it = "runpy.run_module('recipes.ch5.deepspeed', run_name='__main__')"
+    hidden = f"import runpy, sys; sys.modules['deepspeed'] = None; {run_it}"
     done = subprocess.run(
         [sys.executable, "-c", hidden, "steps=1"],
         cwd=Path(__file__).parents[2], env={**os.environ, "RUN_DIR": str(tmp_path / "run")},
@@ -245,8 +273,14 @@ def test_the_batch_sizes_multiply_out() -> None:
 
 def test_offload_is_pinned_for_gpus_alone() -> None:
     for on_gpu in (False, True):
-        section = config_of(stage=3, offload_optimizer="cpu", offload_parameters="cpu", on_gpu=on_gpu)["zero_optimization"]
-        assert section["offload_optimizer"] == section["offload_param"] == {"device": "cpu", "pin_memory": on_gpu}
+        section = config_of(stage=3, offload_optimizer="cpu", offload_parameters="cpu", on_gpu=on_gpu)[
+            "zero_optimization"
+        ]
+        assert (
+            section["offload_optimizer"]
+            == section["offload_param"]
+            == {"device": "cpu", "pin_memory": on_gpu}
+        )
         assert section["overlap_comm"] is on_gpu
 
 
@@ -266,7 +300,12 @@ def test_on_gpus_it_learns_and_goes_on(stage: int, tmp_path: Path) -> None:
     words += [f"stage={stage}", "data=stdlib", "sequence_length=64", "save_every=5"]
     run = {**os.environ, "RUN_DIR": str(tmp_path / "run"), "CACHE_DIR": str(tmp_path)}
     for steps in (5, 8):
-        subprocess.run([sys.executable, "-m", *words, f"steps={steps}"], cwd=Path(__file__).parents[2], env=run, check=True)
+        subprocess.run(
+            [sys.executable, "-m", *words, f"steps={steps}"],
+            cwd=Path(__file__).parents[2],
+            env=run,
+            check=True,
+        )
     lines = metrics_of(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[-1]["loss"] < lines[0]["loss"]

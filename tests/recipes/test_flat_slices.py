@@ -39,7 +39,9 @@ def test_a_matrix_is_saved_in_runs_and_loaded_in_others(tmp_path: Path) -> None:
     state_dict_saver.save(staged, checkpoint_id=tmp_path / "saved", no_dist=True)
     stager.close()
     buffer = torch.full((8,), -1.0)
-    state_dict_loader.load({"a": FlatSlice((5, 3), 4, buffer)}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    state_dict_loader.load(
+        {"a": FlatSlice((5, 3), 4, buffer)}, checkpoint_id=tmp_path / "saved", no_dist=True
+    )
     assert buffer.tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
     whole = torch.empty(5, 3)
     state_dict_loader.load({"a": whole}, checkpoint_id=tmp_path / "saved", no_dist=True)
