@@ -43,6 +43,9 @@ from recipes.ch4.fsdp import Sharded, make_grid
 from recipes.ch4.fsdp_args import FsdpArgs
 from recipes.ch5.deepspeed import Zero
 from recipes.ch5.deepspeed_args import DeepSpeedArgs
+from recipes.ch5.deepspeed_pipeline import Stages
+from recipes.ch5.deepspeed_pipeline import make_layout as make_stage_layout
+from recipes.ch5.deepspeed_pipeline_args import DeepSpeedPipelineArgs
 from recipes.lib import checkpoint, manifest, saving
 from recipes.lib.arguments import TrainArgs
 from recipes.lib.checkpoint import Progress, StateKeeper, Trained
@@ -111,6 +114,7 @@ TECHNIQUES = {
     "data_parallel": Kind(DataParallelArgs, Copies.build),
     "tensor_parallel": Kind(TensorParallelArgs, Split.build, make_tensor_grid),
     "zero": Kind(DeepSpeedArgs, Zero.build),
+    "deepspeed_pipeline": Kind(DeepSpeedPipelineArgs, Stages.build, make_stage_layout),
 }
 
 

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,8 @@ WAYS: dict[str, dict[str, object]] = {
 EVEN = {"batch_size": 8, "dtype": "float32"}
 # On four ranks 1, 2, 1 and 2 sequences, one at a time; targets that do not count, unevenly; tied tables.
 UNEVEN = {"batch_size": 6, "microbatch_size": 1, "dtype": "float32"}
+DEEP = {"batch_size": 6, "microbatch_size": 1, "dtype": "float32"}
+WHOLE: dict[str, Any] = {"layers": 4, "ragged": True}
 LAYOUTS = {"even": {"args": EVEN}, "uneven": {"args": UNEVEN, "ragged": True, "tied": True}}
 
 
@@ -66,6 +69,14 @@ RECOMPUTED = [
          args={**UNEVEN, **WAYS[way], "activation_checkpointing": mode})
     for way, mode in (("zero2", "selective"), ("zero3", "full"))
 ]  # fmt: skip
+PIPELINES = [
+    # The uneven layout on two pipelines, and where DeepSpeed cuts by parameters: the first stage has no whole layer.
+    Case("pipeline2-deep-tied-x2", "deepspeed_pipeline", 2, args=DEEP, **{**WHOLE, "tied": True}),
+    Case("pipeline2-deep-x2", "deepspeed_pipeline", 2, args={**DEEP, "partition": "parameters"}, **WHOLE),
+    Case("pipeline4-deep-tied-x4", "deepspeed_pipeline", 4,
+         args={**DEEP, "pipeline_parallel": 4, "activation_checkpointing": "full"}, **{**WHOLE, "tied": True}),
+    Case("pipeline2-twice-deep-tied-x4", "deepspeed_pipeline", 4, args=DEEP, **{**WHOLE, "tied": True}),
+]  # fmt: skip
 ROUNDED = [
     Case(f"zero{stage}-rounded", "zero", 2, args={**EVEN, **WAYS[f"zero{stage}"], "dtype": "bfloat16"})
     for stage in range(4)
@@ -83,7 +94,9 @@ def going_on(name: str, technique: str, world_size: int, **args: object) -> Case
     return Case(name, technique, world_size, args={**UNEVEN, "seed": 1, **args}, tied=True, load=load)
 
 
+PIPELINE = {"pipeline_parallel": 2}
 LEAVING = [
+    leaving("p2", "deepspeed_pipeline", 4, **PIPELINE),
     leaving("z1", "zero", 4, stage=1),
     leaving("z3", "zero", 4, **SLICED),
     leaving("host", "zero", 4, **HOST),
@@ -93,6 +106,7 @@ AT_THE_SAME_SIZE = [
     going_on("z1-to-z1", "zero", 4, stage=1),
     going_on("z3-to-z3", "zero", 4, **SLICED),
     going_on("host-to-host", "zero", 4, **HOST),
+    going_on("p2-to-p2", "deepspeed_pipeline", 4, **PIPELINE),
 ]
 ELSEWHERE = [
     going_on("z1-to-z3", "zero", 4, **SLICED),
@@ -101,6 +115,8 @@ ELSEWHERE = [
     dataclasses.replace(going_on("z3-to-two", "zero", 2, **SLICED), save=True),
     going_on("z3-to-two-z0", "zero", 2, stage=0),
     going_on("host-to-ddp", "ddp", 2),
+    going_on("z1-to-pipeline", "deepspeed_pipeline", 2, **PIPELINE),
+    going_on("p2-to-two-z3", "zero", 2, **SLICED),
 ]
 BACK = dataclasses.replace(going_on("back", "zero", 4, **SLICED), load="z3-to-two")
 
@@ -116,11 +132,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         )
         for layout, facts in LAYOUTS.items()
     ]
+    references += [
+        Case(f"baseline-deep{tied}", "baseline", 1, args=DEEP, **{**WHOLE, "tied": bool(tied)})
+        for tied in ("", "-tied")
+    ]
     found = launch(folder, 1, references)
-    on = {
-        size: [case for case in (*PARITY, *RECOMPUTED, *ROUNDED) if case.world_size == size]
-        for size in (2, 4)
-    }
+    everything = (*PARITY, *RECOMPUTED, *ROUNDED, *PIPELINES)
+    on = {size: [case for case in everything if case.world_size == size] for size in (2, 4)}
     later = [*AT_THE_SAME_SIZE, *ELSEWHERE]
     found |= launch(folder, 4, [*on[4], *LEAVING, *(case for case in later if case.world_size == 4)])
     found |= launch(folder, 2, [*on[2], *(case for case in later if case.world_size == 2)])
@@ -145,6 +163,19 @@ def test_trains_as_one_process_does(case: Case, outcomes: dict[str, Outcome]) ->
     print(f"PARITY {case.name} loss {loss_error:.2e} norm {norm_error:.2e}")
     assert len(ours.losses) == STEPS
     assert ours.weights_before == reference.weights_before
+    assert loss_error < 1e-6
+    assert norm_error < 5e-5
+
+
+@pytest.mark.parametrize("case", PIPELINES, ids=lambda case: case.name)
+def test_a_pipeline_trains_as_one_process_does(case: Case, outcomes: dict[str, Outcome]) -> None:
+    ours, reference = outcomes[case.name], outcomes["baseline-deep-tied" if case.tied else "baseline-deep"]
+    loss_error, norm_error = (
+        relative(ours.losses, reference.losses),
+        relative(ours.grad_norms, reference.grad_norms),
+    )
+    print(f"PARITY {case.name} loss {loss_error:.2e} norm {norm_error:.2e}")
+    assert len(ours.losses) == STEPS
     assert loss_error < 1e-6
     assert norm_error < 5e-5
 
