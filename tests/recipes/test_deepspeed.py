@@ -140,8 +140,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     everything = (*PARITY, *RECOMPUTED, *ROUNDED, *PIPELINES)
     on = {size: [case for case in everything if case.world_size == size] for size in (2, 4)}
     later = [*AT_THE_SAME_SIZE, *ELSEWHERE]
-    found |= launch(folder, 4, [*on[4], *LEAVING, *(case for case in later if case.world_size == 4)])
-    found |= launch(folder, 2, [*on[2], *(case for case in later if case.world_size == 2)])
+    for size, leaving_here in ((4, LEAVING), (2, [])):
+        here = [*on[size], *leaving_here, *(case for case in later if case.world_size == size)]
+        # Pipelines last: DeepSpeed keeps their grid of ranks for the whole process.
+        found |= launch(folder, size, sorted(here, key=lambda case: case.technique == "deepspeed_pipeline"))
     found |= launch(folder, 4, [BACK])
     return found
 
