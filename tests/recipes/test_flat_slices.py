@@ -11,6 +11,9 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from recipes.lib.flat_slices import FlatSlice, boxes
+from recipes.lib.model import Transformer
+from recipes.lib.pretrained import load_pretrained, size_of, to_hugging_face
+from tests.recipes.test_pretrained import CONFIG, weights_of, write_model
 
 SHAPES = [(7,), (4, 3), (1, 5), (5, 1)]
 
@@ -46,3 +49,19 @@ def test_a_matrix_is_saved_in_runs_and_loaded_in_others(tmp_path: Path) -> None:
     whole = torch.empty(5, 3)
     state_dict_loader.load({"a": whole}, checkpoint_id=tmp_path / "saved", no_dist=True)
     assert whole.flatten().tolist() == list(range(15))
+
+
+def test_published_weights_are_read_into_runs(tmp_path: Path) -> None:
+    """Into the second third of each tensor, as the middle one of three ranks has it."""
+    folder = write_model(tmp_path / "llama", CONFIG)
+    with torch.device("meta"):
+        model = Transformer(size_of(CONFIG))
+    kept, slices = {}, {}
+    for name, parameter in model.named_parameters():
+        room = -(-parameter.numel() // 3)
+        kept[name] = torch.full((room,), -1.0)
+        slices[name] = FlatSlice(parameter.shape, room, kept[name][: parameter.numel() - room])
+    load_pretrained(model, folder, slices)
+    for name, numbers in kept.items():
+        whole = weights_of(CONFIG)[to_hugging_face(name)].float().flatten()
+        assert torch.equal(numbers, whole[len(numbers) : 2 * len(numbers)]), name
