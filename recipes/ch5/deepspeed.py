@@ -34,7 +34,12 @@ from recipes.ch5.deepspeed_args import DeepSpeedArgs
 from recipes.ch5.deepspeed_config import deepspeed_config
 from recipes.lib.arguments import ArgumentError, parse_or_exit
 from recipes.lib.checkpoint import set_torch_state, torch_state
-from recipes.lib.deepspeed_stack import check_deepspeed, import_deepspeed, missing_for_disks
+from recipes.lib.deepspeed_stack import (
+    check_deepspeed,
+    import_deepspeed,
+    missing_for_disks,
+    missing_tools,
+)
 from recipes.lib.distributed import World, joined
 from recipes.lib.memory import Kept, kept_bytes
 from recipes.lib.metrics import say
@@ -63,6 +68,8 @@ class Zero:
     def build(cls, plan: Plan, args: DeepSpeedArgs) -> Zero:
         """The engine over the model with its initial weights. Raises ArgumentError, LaunchError."""
         deepspeed = import_deepspeed("ch5_deepspeed", plan.world)
+        if args.adam == "deepspeed" and (problem := missing_tools()):
+            raise ArgumentError("adam", "deepspeed", f"{problem}; nearest: torch")
         if args.on_disk and (problem := missing_for_disks()):
             key = "offload_optimizer" if args.offload_optimizer == "nvme" else "offload_parameters"
             raise ArgumentError(key, "nvme", problem)

@@ -42,13 +42,16 @@ def import_deepspeed(recipe: str, world: World) -> Any:
     return deepspeed
 
 
+def missing_tools() -> str | None:
+    """What this node lacks to compile any operator; None where both are there."""
+    missing = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
+    return f"wants {' and '.join(missing)}, to compile an operator of DeepSpeed" if missing else None
+
+
 def missing_for_disks() -> str | None:
     """What offload to a disk lacks on this node; None where its operator can be compiled."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    missing = [tool for tool in ("ninja", "c++") if shutil.which(tool) is None]
-    if missing:
-        return f"wants {' and '.join(missing)} to compile DeepSpeed's async_io: offload to cpu needs neither"
     if not AsyncIOBuilder().is_compatible(verbose=False):
         return "wants libaio with its headers (Debian's libaio-dev) to compile DeepSpeed's async_io; nearest: cpu"
     return None

@@ -20,7 +20,8 @@ from recipes.ch5.deepspeed_args import DeepSpeedArgs
 from recipes.ch5.deepspeed_config import BETAS, deepspeed_config
 from recipes.lib import optimizer
 from recipes.lib.arguments import ArgumentError
-from tests.recipes.parity import SAVED_AGAIN_AT, SAVED_AT, STEPS, Case, Outcome, launch, make_data
+from recipes.lib.distributed import alone
+from tests.recipes.parity import SAVED_AGAIN_AT, SAVED_AT, STEPS, Case, Outcome, launch, make_data, run_cases
 from tests.recipes.test_training import metrics_of, start
 
 # The first test waits for every process of the file: a minute on two idle cores, several on busy ones.
@@ -112,13 +113,15 @@ ELSEWHERE = [
     going_on("z1-to-z3", "zero", 4, **SLICED),
     going_on("z3-to-fsdp", "fsdp", 4),
     going_on("f4-to-z3", "zero", 4, **SLICED),
-    dataclasses.replace(going_on("z3-to-two", "zero", 2, **SLICED), save=True),
+    dataclasses.replace(going_on("two-to-four", "zero", 4, **SLICED), save=True),
+    going_on("z3-to-two-z2", "zero", 2, stage=2),
     going_on("z3-to-two-z0", "zero", 2, stage=0),
     going_on("host-to-ddp", "ddp", 2),
     going_on("z1-to-pipeline", "deepspeed_pipeline", 2, **PIPELINE),
     going_on("p2-to-two-z3", "zero", 2, **SLICED),
 ]
-BACK = dataclasses.replace(going_on("back", "zero", 4, **SLICED), load="z3-to-two")
+TWO = leaving("two", "zero", 2, **SLICED)
+BACK = dataclasses.replace(going_on("back", "zero", 2, **SLICED), load="two-to-four")
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +139,29 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
         Case(f"baseline-deep{tied}", "baseline", 1, args=DEEP, **{**WHOLE, "tied": bool(tied)})
         for tied in ("", "-tied")
     ]
-    found = launch(folder, 1, references)
-    everything = (*PARITY, *RECOMPUTED, *ROUNDED, *PIPELINES)
-    on = {size: [case for case in everything if case.world_size == size] for size in (2, 4)}
-    later = [*AT_THE_SAME_SIZE, *ELSEWHERE]
-    for size, leaving_here in ((4, LEAVING), (2, [])):
-        here = [*on[size], *leaving_here, *(case for case in later if case.world_size == size)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with alone("cpu") as world:
+        found = run_cases(folder, references, world)
+    torch.set_num_threads(threads)
+    everything = [
+        TWO,
+        *PARITY,
+        *RECOMPUTED,
+        *ROUNDED,
+        *PIPELINES,
+        *LEAVING,
+        *AT_THE_SAME_SIZE,
+        *ELSEWHERE,
+        BACK,
+    ]
+    from_four = [case for case in everything if case.world_size == 2 and case.load]
+    in_two = [case for case in everything if case.world_size == 2 and not case.load]
+    in_four = [case for case in everything if case.world_size == 4]
+    for size, cases_here in ((2, in_two), (4, in_four), (2, from_four)):
         # Pipelines last: DeepSpeed keeps their grid of ranks for the whole process.
-        found |= launch(folder, size, sorted(here, key=lambda case: case.technique == "deepspeed_pipeline"))
-    found |= launch(folder, 4, [BACK])
+        cases_here.sort(key=lambda case: case.technique == "deepspeed_pipeline")
+        found |= launch(folder, size, cases_here)
     return found
 
 
@@ -217,7 +234,7 @@ def test_goes_on_bit_for_bit_at_the_same_world_size(case: Case, outcomes: dict[s
 def test_goes_on_in_another_world_size_stage_and_technique(case: Case, outcomes: dict[str, Outcome]) -> None:
     """Only the order of summation changes."""
     resumed = outcomes[case.name]
-    straight = outcomes["z3" if case is BACK else case.load]
+    straight = outcomes["two" if case is BACK else case.load]
     steps = STEPS - (SAVED_AGAIN_AT if case is BACK else SAVED_AT)
     assert len(resumed.losses) == steps
     assert resumed.losses == pytest.approx(straight.losses[-steps:], rel=1e-6)
@@ -225,26 +242,16 @@ def test_goes_on_in_another_world_size_stage_and_technique(case: Case, outcomes:
 
 
 def test_the_recipe_saves_goes_on_and_shows_its_configuration(tmp_path: Path) -> None:
-    words = [
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "recipes.ch5.deepspeed",
-        "stage=3",
-    ]
+    """Two ranks under a bare torchrun; then one process alone, in another stage."""
+    words = ["recipes.ch5.deepspeed", "warmup_steps=0", "min_lr_ratio=1"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     run = tmp_path / "run"
-    first = start(
-        [*words, "steps=2", "warmup_steps=0", "min_lr_ratio=1"], tmp_path, RUN_DIR=str(run), ATTEMPT="1"
-    )
+    first = start([*torchrun, *words, "stage=3", "steps=2"], tmp_path, RUN_DIR=str(run), ATTEMPT="1")
     assert first.returncode == 0, first.stderr
     config = json.loads((run / "deepspeed.json").read_text())
     assert config["zero_optimization"]["stage"] == 3
     assert '"train_micro_batch_size_per_gpu": 4' in first.stdout
-    second = start(
-        [*words, "steps=3", "warmup_steps=0", "min_lr_ratio=1"], tmp_path, RUN_DIR=str(run), ATTEMPT="2"
-    )
+    second = start([*words, "stage=1", "steps=3"], tmp_path, RUN_DIR=str(run), ATTEMPT="2")
     assert second.returncode == 0, second.stderr
     assert [(line["attempt"], line["step"]) for line in metrics_of(run)] == [(1, 1), (1, 2), (2, 3)]
 
