@@ -11,10 +11,11 @@ On a GPU the last two are timed by events on the stream that computes. They are 
 have happened: nothing is synchronized. The stream waits for a gathered parameter before the first event of a layer, so
 that wait is not counted; a GPU that waits for its own host is.
 
-Not timed: the backward pass, where gradients are exchanged in the midst of the arithmetic. A core or a GPU that is slow
-is slow in the forward pass too, but something that only slows the backward pass, the exchange itself (a bad cable) or a
-save is not seen here. Under tensor parallelism a layer's forward pass does wait for the ranks that share its matrices, and under DeepSpeed's
-ZeRO 3 for those that it gathers from: a slow one is not told from its neighbours there.
+Not timed: the backward pass, where gradients are exchanged in the midst of the arithmetic. A core or a GPU that is
+slow is slow in the forward pass too, but something that only slows the backward pass, the exchange itself (a bad
+cable) or a save is not seen here. Under tensor parallelism a layer's forward pass does wait for the ranks that share
+its matrices, and under DeepSpeed's ZeRO 3 for those that it gathers from: a slow one is not told from its neighbours
+there.
 """
 
 from __future__ import annotations
