@@ -62,8 +62,8 @@ def cases(world_size: int, layout: str, *ways: str) -> list[Case]:
 
 PARITY = [
     *cases(2, "uneven", *WAYS),
-    *cases(2, "even", "zero2", "zero3"),
-    *cases(4, "uneven", "zero1", "zero2", "zero3"),
+    *cases(2, "even", "zero3"),
+    *cases(4, "uneven", "zero2", "zero3"),
 ]
 RECOMPUTED = [
     Case(f"{way}-{mode}-recompute-uneven-x2", "zero", 2, ragged=True, tied=True,
@@ -110,7 +110,6 @@ AT_THE_SAME_SIZE = [
     going_on("p2-to-p2", "deepspeed_pipeline", 4, **PIPELINE),
 ]
 ELSEWHERE = [
-    going_on("z1-to-z3", "zero", 4, **SLICED),
     going_on("z3-to-fsdp", "fsdp", 4),
     going_on("f4-to-z3", "zero", 4, **SLICED),
     dataclasses.replace(going_on("two-to-four", "zero", 4, **SLICED), save=True),
