@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from recipes.lib import manifest
 from recipes.lib.distributed import SECONDS_UNTIL_VISIBLE, World, from_first
 from recipes.lib.optimizer import own_part
+from recipes.lib.stack import STACK_FOLDER, OwnFiles
 
 # Flat: the optimizer's state under parameter names instead of per group, which another technique may number
 # otherwise.
@@ -93,12 +94,19 @@ class Trained:
     optimizer: torch.optim.Optimizer
     facts: dict[str, Any]
     """What must be equal for the run to go on: data, batch size, … (plain values)."""
+    own: OwnFiles | None = None
+    """What writes and reads model and optimizer in its own way; None: torch.distributed.checkpoint does."""
     technique: str = ""
     """The recipe's name."""
     size: dict[str, Any] = field(default_factory=dict)
     """The model's, by the fields of ModelSize."""
     context: int = 0
     """Tokens per sequence."""
+
+    @property
+    def stack(self) -> str:
+        """Who can read the files."""
+        return manifest.STACK if self.own is None else self.own.stack
 
     def description(self, step: int, world: World) -> manifest.Manifest:
         """What the manifest says of the model's side."""
@@ -111,6 +119,7 @@ class Trained:
             context=self.context,
             torch=str(torch.__version__),
             time=time.time(),
+            stack=self.stack,
         )
 
 
@@ -182,8 +191,8 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
         found = manifest.Manifest.read(folder)
     except manifest.Unsound as error:
         raise CheckpointMismatch(f"{folder}: {error}") from None
-    if found.stack != manifest.STACK:
-        raise CheckpointMismatch(f"{folder} was written by {found.stack}; this recipe reads {manifest.STACK}")
+    if found.stack != trained.stack:
+        raise CheckpointMismatch(f"{folder} was written by {found.stack}; this recipe reads {trained.stack}")
     for name, value in trained.facts.items():
         if found.facts.get(name) != value:
             raise CheckpointMismatch(
@@ -195,7 +204,9 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
     if random_key not in filesystem.FileSystemReader(folder).read_metadata().state_dict_metadata:
         del state[random_key]
     state = _load(state, folder, world)
-    if own_part(trained.optimizer) is trained.optimizer:
+    if trained.own is not None:
+        trained.own.read(folder / STACK_FOLDER)
+    elif own_part(trained.optimizer) is trained.optimizer:
         set_state_dict(
             trained.model,
             trained.optimizer,
@@ -223,16 +234,20 @@ def _load(state: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
 def state_of(trained: Trained, progress: Progress, world: World) -> dict[str, Any]:
     """What is saved: references to the model's and the optimizer's own tensors, nothing is copied.
 
+    Without them where a stack writes them itself.
+
     Values that are no tensors are JSON or bytes, one key each: torch.distributed.checkpoint takes nested ones
     apart, and a later field would be a missing key in every older checkpoint.
     """
-    model, optimizer = get_state_dict(trained.model, own_part(trained.optimizer), options=_OPTIONS)
-    return {
-        "model": model,
-        "optimizer": optimizer,
+    state: dict[str, Any] = {
         "progress": json.dumps(asdict(progress)),
         _random_key(world): _random_state(world),
     }
+    if trained.own is None:
+        state["model"], state["optimizer"] = get_state_dict(
+            trained.model, own_part(trained.optimizer), options=_OPTIONS
+        )
+    return state
 
 
 def _random_key(world: World) -> str:

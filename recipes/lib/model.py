@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -214,19 +214,23 @@ def materialize(model: Transformer, seed: int, device: torch.device, storage: st
     """
     model.to_empty(device=storage or device)
     for name, parameter in model.named_parameters():
-        # Drawn in float32 for every dtype, so that float64 runs start from the same point as float32 ones.
-        whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-        std = _initial_std(name, model.size.layers)
-        if std is None:
-            whole.fill_(1.0)
-        else:
-            whole.normal_(0.0, std, generator=_generator(f"{seed}/{name}", device))
+        whole = initial_values(name, parameter.shape, model.size.layers, seed, device)
         if isinstance(parameter, DTensor):
             # src_data_rank=None: every rank has drawn the same values, nothing needs to be sent.
             shard = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(shard.to_local())
         else:
             parameter.copy_(whole)
+
+
+def initial_values(name: str, shape: Sequence[int], layers: int, seed: int, device: torch.device) -> Tensor:
+    """What `materialize` gives the parameter `name` of a model of so many layers, whole and in float32."""
+    # Drawn in float32 for every dtype, so that float64 runs start from the same point as float32 ones.
+    whole = torch.empty(tuple(shape), dtype=torch.float32, device=device)
+    std = _initial_std(name, layers)
+    if std is None:
+        return whole.fill_(1.0)
+    return whole.normal_(0.0, std, generator=_generator(f"{seed}/{name}", device))
 
 
 def _initial_std(name: str, layers: int) -> float | None:

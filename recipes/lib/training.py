@@ -50,6 +50,7 @@ from recipes.lib.own_time import OwnTime
 from recipes.lib.parallelism import Precision, attention_backends, precision
 from recipes.lib.pretrained import check_init_from, load_pretrained
 from recipes.lib.saving import Saver, announce_passed_over, keep_tokenizer
+from recipes.lib.stack import OwnFiles
 from recipes.lib.stopping import OF_THIS_PROCESS, Stopped, attempt_folder
 from recipes.lib.writing import NotSaved
 
@@ -86,6 +87,17 @@ class Remembering(Protocol):
 
     def recall(self, memory: dict[str, float]) -> None:
         """What it kept; empty where it was another technique's."""
+
+
+@runtime_checkable
+class Updating(Protocol):
+    """A technique that clips gradients and updates parameters in its own way."""
+
+    def update(self, rate: float) -> Tensor:
+        """Clip to `clip_norm`, update with the learning rate `rate`, forget the gradients.
+
+        Gives the norm of the gradient before that, on every rank.
+        """
 
 
 @dataclass(frozen=True)
@@ -192,6 +204,7 @@ def train(plan: Plan, technique: Technique) -> None:
         technique=plan.recipe,
         size=dataclasses.asdict(plan.size),
         context=args.sequence_length,
+        own=technique if isinstance(technique, OwnFiles) else None,
     )
     progress = Progress()
     if world.is_first:
@@ -304,12 +317,16 @@ def optimizer_step(
     counted = torch.stack([(targets != IGNORE).sum() for _, targets in batches]).sum()
     token_count = sum_over_ranks(counted, layout.data_group)
     loss_sum = technique.accumulate_gradients(batches, token_count)
-    grad_norm = clip_gradients(technique.model, args.clip_norm, layout.stage_group)
-    set_learning_rate(technique.optimizer, learning_rate(step, args))
-    # A sharded optimizer also sends what it has updated: a wait for others, which is not this rank's own time.
-    with own.update() if own_part(technique.optimizer) is technique.optimizer else nullcontext():
-        technique.optimizer.step()
-    technique.optimizer.zero_grad()
+    rate = learning_rate(step, args)
+    if isinstance(technique, Updating):
+        grad_norm = technique.update(rate)
+    else:
+        grad_norm = clip_gradients(technique.model, args.clip_norm, layout.stage_group)
+        set_learning_rate(technique.optimizer, rate)
+        # A sharded optimizer also sends what it has updated: a wait for others, which is not this rank's own time.
+        with own.update() if own_part(technique.optimizer) is technique.optimizer else nullcontext():
+            technique.optimizer.step()
+        technique.optimizer.zero_grad()
     own_loss = loss_sum.clone()  # the sum over ranks replaces it
     loss = sum_over_ranks(loss_sum, layout.data_group) / token_count
     if numbers is not None:
