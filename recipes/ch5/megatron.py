@@ -41,9 +41,8 @@ with needs("megatron"):
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from recipes.ch5.megatron_model import build, config_of, mask_padding
+    from recipes.ch5.megatron_model import build, config_of, mask_padding, own_pieces
 
 _HOW_TO_SAVE = {
     # Moments under the parameters' names, whole: they load into any other grid.
@@ -105,7 +104,9 @@ class Megatron:
         """
         for stage in self.model:
             stage.zero_grad_buffer()
-        microbatches = [self._own_part(*each) for each in microbatches]
+        microbatches = [
+            (own_pieces(tokens_BS), own_pieces(targets_BS)) for tokens_BS, targets_BS in microbatches
+        ]
         rows, length = microbatches[0][0].shape
         losses = get_forward_backward_func()(
             forward_step_func=self._forward,
@@ -120,11 +121,6 @@ class Megatron:
         total = sum(losses, torch.zeros((), device=token_count.device))  # none but in the last stage
         total = sum_over_ranks(total, parallel_state.get_pipeline_model_parallel_group())
         return sum_over_ranks(total, parallel_state.get_context_parallel_group())
-
-    def _own_part(self, tokens_BS: Tensor, targets_BS: Tensor) -> Microbatch:
-        """What a rank has of the sequences under context parallelism: an early and a late piece."""
-        part = get_batch_on_this_cp_rank({"tokens": tokens_BS, "targets": targets_BS})
-        return part["tokens"], part["targets"]
 
     def _forward(self, data: Iterator[Microbatch], stage: nn.Module) -> tuple[Tensor, Any]:
         """One microbatch through one stage, and what makes its output a loss."""
@@ -230,7 +226,9 @@ def make_layout(world: World, args: MegatronArgs) -> Layout:
 def want_gpus(world: World) -> None:
     """Refuse a CPU. Raises LaunchError."""
     if world.device.type != "cuda":
-        raise LaunchError("Megatron-Core computes on GPUs alone, and here it would be a CPU: use a node with GPUs")
+        raise LaunchError(
+            "Megatron-Core computes on GPUs alone, and here it would be a CPU: use a node with GPUs"
+        )
 
 
 @recipe_main

@@ -14,7 +14,9 @@ class MegatronArgs(TrainArgs):
     """How many ranks split what; what is left over are copies, which share out the batch."""
 
     microbatch_size: int = argument(1, "sequences of one microbatch", minimum=1)
-    async_save: bool = argument(False, "Megatron-Core writes its checkpoints while the steps wait: false only")
+    async_save: bool = argument(
+        False, "Megatron-Core writes its checkpoints while the steps wait: false only"
+    )
     tensor_parallel: int = argument(1, "ranks that split every matrix", minimum=1)
     sequence_parallel: bool = argument(
         True, "these ranks split the sequence, too, where tokens are worked on one by one (norms, sums)"
@@ -27,12 +29,15 @@ class MegatronArgs(TrainArgs):
         1, "ranks that split every sequence, each with all of it in attention", minimum=1
     )
     experts: int = argument(
-        0, "feed-forward networks in each layer, of which a router picks some for every token; 0 is dense", minimum=0
+        0,
+        "feed-forward networks in each layer, of which a router picks some for every token; 0 is dense",
+        minimum=0,
     )
     experts_per_token: int = argument(2, "experts that work on a token", minimum=1)
     expert_parallel: int = argument(1, "ranks that have a part of the experts each", minimum=1)
     distributed_optimizer: bool = argument(
-        True, "each copy keeps a part of the moments (and of bfloat16's float32 parameters); false: all of them"
+        True,
+        "each copy keeps a part of the moments (and of bfloat16's float32 parameters); false: all of them",
     )
     overlap: bool = argument(False, "sum gradients over the copies during the backward pass, not after it")
 
@@ -73,7 +78,9 @@ class MegatronArgs(TrainArgs):
         if self.dtype == "float64":
             raise ArgumentError("dtype", "float64", "wants float32 or bfloat16: its optimizer has no other")
         if self.activation_checkpointing == "selective":
-            problem = "wants none or full: what others keep selectively, attention's result, it computes again"
+            problem = (
+                "wants none or full: what others keep selectively, attention's result, it computes again"
+            )
             raise ArgumentError("activation_checkpointing", "selective", problem)
 
     def check_layers(self, layers: int) -> None:
@@ -90,11 +97,15 @@ class MegatronArgs(TrainArgs):
     def _check_experts(self) -> None:
         experts, ranks = self.experts, self.expert_parallel
         if experts == 0 and ranks > 1:
-            raise ArgumentError("expert_parallel", ranks, "wants experts=2 or more; experts=0 is a dense model")
+            raise ArgumentError(
+                "expert_parallel", ranks, "wants experts=2 or more; experts=0 is a dense model"
+            )
         if experts % ranks:
             raise ArgumentError("expert_parallel", ranks, f"wants a divisor of experts={experts}")
         if experts and self.experts_per_token > experts:
-            raise ArgumentError("experts_per_token", self.experts_per_token, f"wants at most experts={experts}")
+            raise ArgumentError(
+                "experts_per_token", self.experts_per_token, f"wants at most experts={experts}"
+            )
         if experts and self.tensor_parallel > 1 and not self.sequence_parallel:
             problem = f"wants true with experts={experts} and tensor_parallel={self.tensor_parallel}"
             raise ArgumentError("sequence_parallel", False, problem)
@@ -110,13 +121,17 @@ class MegatronArgs(TrainArgs):
         if ranks % one_copy:
             shown = " times ".join(f"{key}={number}" for key, number in sizes.items() if number > 1)
             largest = max(sizes, key=lambda key: sizes[key])
-            problem = f"one copy of the model takes {one_copy} ranks ({shown}), which do not divide {ranks} ranks"
+            problem = (
+                f"one copy of the model takes {one_copy} ranks ({shown}), which do not divide {ranks} ranks"
+            )
             raise ArgumentError(largest, sizes[largest], problem)
         copies = ranks // one_copy
         if (copies * self.context_parallel) % self.expert_parallel:
             has = f"{copies} cop{'y' if copies == 1 else 'ies'}"
             has += f" times context_parallel={self.context_parallel}" if self.context_parallel > 1 else ""
-            problem = f"experts are spread over the copies of the rest, and does not divide {has} on {ranks} ranks"
+            problem = (
+                f"experts are spread over the copies of the rest, and does not divide {has} on {ranks} ranks"
+            )
             raise ArgumentError("expert_parallel", self.expert_parallel, problem)
         microbatches = math.ceil(math.ceil(self.batch_size / copies) / self.microbatch_size)
         if self.stages_per_rank > 1 and microbatches % self.pipeline_parallel:

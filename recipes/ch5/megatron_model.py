@@ -9,7 +9,6 @@ Suffixes of tensor names: as in `recipes.lib.model`; P ranks of tensor paralleli
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
@@ -61,11 +60,21 @@ class Attention(nn.Module):
         return y_BHSE.permute(2, 0, 1, 3).flatten(2)
 
 
-def _of_two_pieces_each(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
-    """Causal attention over sequences whose pieces come rank by rank.
+def own_pieces(x_BS: Tensor) -> Tensor:
+    """What this rank has of sequences that `context_parallel` ranks split: of 2C pieces, the c-th and the c-th last."""
+    ranks, rank = (
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_context_parallel_rank(),
+    )
+    pieces = x_BS.chunk(2 * ranks, dim=1)
+    return x_BS if ranks == 1 else torch.cat([pieces[rank], pieces[-1 - rank]], dim=1)
 
-    Of 2C pieces, Megatron gives rank c the c-th from the beginning and the c-th from the end, for ring attention's
-    sake: the causal mask leaves early pieces less to do. They are put in order, and back.
+
+def _of_two_pieces_each(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
+    """Causal attention over sequences whose pieces come rank by rank (see `own_pieces`): put in order, and back.
+
+    So Megatron splits sequences and its rotary tables, for ring attention's sake: the causal mask leaves early pieces
+    less to do.
     """
     pieces = 2 * parallel_state.get_context_parallel_world_size()
     order = [piece for c in range(pieces // 2) for piece in (c, pieces - 1 - c)]
@@ -73,14 +82,16 @@ def _of_two_pieces_each(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tenso
     def arrange(x: Tensor, places: Sequence[int]) -> Tensor:
         return x.unflatten(2, (pieces, -1))[:, :, list(places)].flatten(2, 3)
 
-    in_order = [arrange(each, [order.index(piece) for piece in range(pieces)]) for each in (q_BHSE, k_BKSE, v_BKSE)]
+    in_order = [
+        arrange(each, [order.index(piece) for piece in range(pieces)]) for each in (q_BHSE, k_BKSE, v_BKSE)
+    ]
     return arrange(causal_attention(*in_order), order)
 
 
 def config_of(plan: Plan, args: MegatronArgs) -> TransformerConfig:
     """The model as Megatron-Core describes it, and how it is split."""
     size, compute = plan.size, plan.precision.compute
-    scaling = size.rope_scaling
+    scaling, virtual = size.rope_scaling, args.stages_per_rank > 1
     if scaling is not None:
         assert scaling == RopeScaling(factor=scaling.factor), "Megatron-Core lets choose the factor alone"
     return TransformerConfig(
@@ -100,9 +111,13 @@ def config_of(plan: Plan, args: MegatronArgs) -> TransformerConfig:
         tensor_model_parallel_size=args.tensor_parallel,
         sequence_parallel=args.sequence_parallel and args.tensor_parallel > 1,
         pipeline_model_parallel_size=args.pipeline_parallel,
-        virtual_pipeline_model_parallel_size=args.stages_per_rank if args.stages_per_rank > 1 else None,
+        virtual_pipeline_model_parallel_size=args.stages_per_rank if virtual else None,
         context_parallel_size=args.context_parallel,
         expert_model_parallel_size=args.expert_parallel,
+        # Each message by itself where there are virtual stages: of two ranks, each is before and behind the other, and
+        # in one batch an activation would be taken for a gradient. (Megatron-LM's arguments refuse it, its core does not.)
+        overlap_p2p_comm=virtual,
+        batch_p2p_comm=not virtual,
         # The gradient of the global mean, for any number of tokens in a microbatch: sums, divided once at the end.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,

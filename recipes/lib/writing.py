@@ -37,7 +37,9 @@ def write_checkpoint(
     group: dist.ProcessGroup | None,
     own: OwnFiles | None = None,
 ) -> Manifest:
-    """Write `state` (and what `own` writes) as the checkpoint of `manifest.step`; all ranks call this together. Gives the manifest in full.
+    """Write `state` as the checkpoint of `manifest.step`; all ranks call this together. Gives the manifest in full.
+
+    What `own` writes is a part of it.
 
     When it returns on any rank, the checkpoint is complete, on the disk and visible on all of them. `group` is
     that of all ranks on gloo, which nothing else uses meanwhile; None in a world of one. Raises NotSaved on every

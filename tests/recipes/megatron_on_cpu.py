@@ -32,6 +32,13 @@ class CudaIsTheCpu(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+class Stream:
+    """A CPU does one thing after the other: there is nothing to wait for."""
+
+    def wait_stream(self, stream: Stream) -> None:
+        """Nothing."""
+
+
 def install() -> None:
     """From here on Megatron-Core runs in this process."""
     warnings.filterwarnings("ignore")
@@ -39,6 +46,7 @@ def install() -> None:
     torch.cuda.manual_seed = torch.default_generator.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
     torch.cuda.synchronize = lambda *_: None
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *_: Stream()  # type: ignore[assignment, return-value]
     CudaIsTheCpu().__enter__()
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils

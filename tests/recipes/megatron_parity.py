@@ -1,13 +1,14 @@
 """`parity` with Megatron-Core among its techniques: a module of its own, because its import takes seconds.
 
-    python -m tests.recipes.megatron_parity FOLDER CASES.json     (one rank; torch's variables in the environment)
+python -m tests.recipes.megatron_parity FOLDER CASES.json     (one rank; torch's variables in the environment)
 """
 
 from __future__ import annotations
 
-from tests.recipes import megatron_on_cpu, parity
-
 if __name__ == "__main__":
+    # All imports are in here: Megatron's writer starts a process, which runs the rest of this module again.
+    from tests.recipes import megatron_on_cpu, parity
+
     megatron_on_cpu.install()
     from megatron.core import parallel_state
 
