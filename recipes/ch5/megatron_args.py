@@ -64,7 +64,8 @@ class MegatronArgs(TrainArgs):
         pieces = (2 * context if context > 1 else 1) * (tensor if self.sequence_parallel else 1)
         if self.sequence_length % pieces:
             key = "context_parallel" if context > 1 else "tensor_parallel"
-            problem = f"cuts a sequence into {pieces} pieces, which do not divide sequence_length={self.sequence_length}"
+            length = f"sequence_length={self.sequence_length}"
+            problem = f"cuts a sequence into {pieces} pieces, which do not divide {length}"
             raise ArgumentError(key, getattr(self, key), problem)
         self.check_layers(size.layers)
         self._check_experts()

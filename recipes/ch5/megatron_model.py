@@ -115,7 +115,7 @@ def config_of(plan: Plan, args: MegatronArgs) -> TransformerConfig:
         context_parallel_size=args.context_parallel,
         expert_model_parallel_size=args.expert_parallel,
         # Each message by itself where there are virtual stages: of two ranks, each is before and behind the other, and
-        # in one batch an activation would be taken for a gradient. (Megatron-LM's arguments refuse it, its core does not.)
+        # in one batch an activation would be taken for a gradient. Megatron-LM refuses it, its core does not.
         overlap_p2p_comm=virtual,
         batch_p2p_comm=not virtual,
         # The gradient of the global mean, for any number of tokens in a microbatch: sums, divided once at the end.
