@@ -17,6 +17,9 @@ from recipes.lib.gpus import Gpu
 from recipes.lib.planner import model_size
 from recipes.lib.workload import Workload, stages
 
+_SPLITS = ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (8, 1), (4, 2), (2, 4), (8, 2), (4, 4), (8, 4))
+"""Of a copy, over tensor and pipeline parallel ranks, those first that cost least."""
+
 
 def kept_bytes(args: MegatronArgs, ranks: int) -> int:
     """Bytes between two steps on the rank that has most, of `ranks` that the sizes divide."""
@@ -73,19 +76,7 @@ def _changes(args: MegatronArgs, nodes: int) -> Iterator[tuple[str, dict[str, An
     for doublings in range(11):
         more = nodes * 2**doublings
         start = f"nodes={more} " if doublings else ""
-        for tensor, pipeline in (
-            (1, 1),
-            (2, 1),
-            (1, 2),
-            (4, 1),
-            (2, 2),
-            (8, 1),
-            (4, 2),
-            (2, 4),
-            (8, 2),
-            (4, 4),
-            (8, 4),
-        ):
+        for tensor, pipeline in _SPLITS:
             if (tensor, pipeline, doublings) == (1, 1, 0):
                 continue
             sizes = {
