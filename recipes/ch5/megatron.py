@@ -31,6 +31,7 @@ from recipes.lib.arguments import parse_or_exit
 from recipes.lib.distributed import COLLECTIVE_TIMEOUT, LaunchError, World, joined, sum_over_ranks
 from recipes.lib.flops import parameter_count
 from recipes.lib.layout import Layout
+from recipes.lib.memory import Kept
 from recipes.lib.model import IGNORE
 from recipes.lib.optimizer import BETAS
 from recipes.lib.stack import needs
@@ -146,6 +147,18 @@ class Megatron:
         assert done, "only a scaled loss (float16) makes it leave out a step"
         self.optimizer.zero_grad()
         return torch.tensor(norm, device=self.plan.world.device)
+
+    def kept(self) -> Kept:
+        """Parameters as they compute, gradients in float32, and what the optimizer has of this rank's part."""
+        parameters, gradients = 0, 0
+        for parameter in self.model.parameters():
+            parameters += parameter.numel() * parameter.element_size()
+            gradients += parameter.numel() * 4
+        state = [value for _, values in self.optimizer.state.items() for value in values.values()]
+        moments = sum(value.numel() * value.element_size() for value in state if value.ndim)
+        if self.plan.precision.compute == torch.bfloat16:
+            moments += moments // 2  # beside the two moments the parameter that was rounded
+        return Kept(parameters, gradients, moments)
 
     def size(self) -> int:
         """Parameters, and of each its float32 original and two moments."""

@@ -13,7 +13,9 @@ from recipes.lib.model_sizes import SIZES
 class MegatronArgs(TrainArgs):
     """How many ranks split what; what is left over are copies, which share out the batch."""
 
-    microbatch_size: int = argument(1, "sequences of one microbatch", minimum=1)
+    microbatch_size: int = argument(
+        1, "sequences of one microbatch; 0 is a copy's whole share at once", minimum=0
+    )
     async_save: bool = argument(
         False, "Megatron-Core writes its checkpoints while the steps wait: false only"
     )
@@ -134,7 +136,8 @@ class MegatronArgs(TrainArgs):
                 f"experts are spread over the copies of the rest, and does not divide {has} on {ranks} ranks"
             )
             raise ArgumentError("expert_parallel", self.expert_parallel, problem)
-        microbatches = math.ceil(math.ceil(self.batch_size / copies) / self.microbatch_size)
+        share = math.ceil(self.batch_size / copies)
+        microbatches = math.ceil(share / (self.microbatch_size or share))
         if self.stages_per_rank > 1 and microbatches % self.pipeline_parallel:
             problem = (
                 f"virtual stages go round in groups of pipeline_parallel={self.pipeline_parallel} microbatches, and a "

@@ -1,6 +1,6 @@
 """Megatron-Core on a CPU with gloo: it names CUDA in a hundred places, and its arithmetic is torch's.
 
-    python -m tests.recipes.megatron_on_cpu steps=5 tensor_parallel=2      (the recipe, with these arguments)
+    python -m tests.recipes.megatron_on_cpu recipes.ch5.megatron steps=5 tensor_parallel=2
 
 What says "cuda" gets the CPU. Nothing of Megatron-Core's own is replaced but the two functions that read and set the
 random state of a GPU; all sums, splits, schedules and files are its own.
@@ -8,6 +8,7 @@ random state of a GPU; all sums, splits, schedules and files are its own.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from typing import Any
@@ -63,6 +64,5 @@ def install() -> None:
 
 if __name__ == "__main__":
     install()
-    from recipes.ch5.megatron import main
-
-    sys.exit(main())
+    recipe = importlib.import_module(sys.argv.pop(1))
+    recipe.main()

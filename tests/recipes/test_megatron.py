@@ -6,6 +6,7 @@ widest format that its optimizer takes: the order of summation costs up to 1e-6 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -179,7 +180,13 @@ def test_a_recipe_on_torch_refuses_its_checkpoint(
 
 def test_it_refuses_a_checkpoint_of_a_recipe_on_torch(tmp_path: Path, one_rank: World) -> None:
     saved = saving.save(tmp_path, shared(SIZE), Progress(step=1), one_rank)
-    ended = run("tests.recipes.megatron_on_cpu", "steps=2", "sequence_length=16", RUN_DIR=str(tmp_path))
+    ended = run(
+        "tests.recipes.megatron_on_cpu",
+        "recipes.ch5.megatron",
+        "steps=2",
+        "sequence_length=16",
+        RUN_DIR=str(tmp_path),
+    )
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1] == (
         f"error: {saved} was written by torch.distributed.checkpoint; this recipe reads Megatron-Core (torch_dist)"
@@ -265,3 +272,21 @@ def test_the_launcher_says_it_before_it_submits(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.endswith(
         "args.tensor_parallel=2: one copy of the model takes 2 ranks (tensor_parallel=2), which do not divide 3 ranks\n"
     )
+
+
+def test_it_stands_beside_fsdp_in_one_job(tmp_path: Path) -> None:
+    """The same losses, and what each keeps of so many parameters: FSDP a half of all, Megatron-Core of the moments."""
+    words = ["steps=2", "untimed=1", "sequence_length=32", "batch_size=4", "dtype=float32"]
+    agent = ("--nproc-per-node", "2", "-m", "tests.recipes.megatron_on_cpu", "recipes.ch5.compare")
+    ended = run("torch.distributed.run", *agent, *words, RUN_DIR=str(tmp_path))
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    fsdp, megatron = (line for line in lines if line["kind"] == "measurement")
+    assert (fsdp["strategy"], megatron["strategy"]) == ("full_shard", "megatron")
+    assert megatron["losses"] == pytest.approx(fsdp["losses"], rel=LOSS)
+    assert megatron["grad_norms"] == pytest.approx(fsdp["grad_norms"], rel=NORM)
+    # Its tables have a few rows more.
+    assert megatron["kept"]["parameters"] == pytest.approx(2 * fsdp["kept"]["parameters"], rel=0.02)
+    assert megatron["kept"]["gradients"] == megatron["kept"]["parameters"]
+    assert megatron["kept"]["moments"] == pytest.approx(fsdp["kept"]["moments"], rel=0.02)
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
