@@ -146,7 +146,7 @@ class Megatron:
         done, norm, _ = self.optimizer.step()
         assert done, "only a scaled loss (float16) makes it leave out a step"
         self.optimizer.zero_grad()
-        return torch.tensor(norm, device=self.plan.world.device)
+        return torch.as_tensor(norm, device=self.plan.world.device)
 
     def kept(self) -> Kept:
         """Parameters as they compute, gradients in float32, and what the optimizer has of this rank's part."""

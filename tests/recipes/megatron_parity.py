@@ -1,15 +1,20 @@
 """`parity` with Megatron-Core among its techniques: a module of its own, because its import takes seconds.
 
-python -m tests.recipes.megatron_parity FOLDER CASES.json     (one rank; torch's variables in the environment)
+    python -m tests.recipes.megatron_parity FOLDER CASES.json cpu    (one rank; torch's variables in the environment)
+
+With "cuda" instead, on GPUs as it is.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
     # All imports are in here: Megatron's writer starts a process, which runs the rest of this module again.
+    import sys
+
     from tests.recipes import megatron_on_cpu, parity
 
-    megatron_on_cpu.install()
+    if sys.argv[3] == "cpu":
+        megatron_on_cpu.install()
     from megatron.core import parallel_state
 
     from recipes.ch5.megatron import Megatron, make_layout

@@ -30,6 +30,7 @@ from tests.recipes.parity import SAVED_AT, SIZE, STEPS, Case, Outcome, launch, m
 # The first test waits for all processes of the file.
 pytestmark = pytest.mark.timeout(900)
 
+WORKER = "tests.recipes.megatron_parity"
 LOSS, NORM = 3e-6, 5e-5
 
 EVEN: dict[str, Any] = {"args": {"batch_size": 8, "microbatch_size": 2, "dtype": "float32"}}
@@ -98,7 +99,7 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
     found: dict[str, Outcome] = {}
     for world_size in (1, 2, 4):
         cases = [case for case in [*REFERENCES, *(case for _, case in ALL)] if case.world_size == world_size]
-        found |= launch(folder, world_size, cases, "tests.recipes.megatron_parity")
+        found |= launch(folder, world_size, cases, module=WORKER)
     return found
 
 
@@ -117,6 +118,22 @@ def test_trains_as_one_process_does(reference: str, case: Case, outcomes: dict[s
     print(f"PARITY {case.name} loss {loss:.2e} norm {norm:.2e}")
     assert loss < LOSS
     assert norm < NORM
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+def test_trains_as_one_gpu_does(tmp_path: Path) -> None:
+    """The same cases on two GPUs, which choose another kernel, and so another order of summation, for another shape."""
+    make_data(tmp_path / "data")
+    found: dict[str, Outcome] = {}
+    for world_size in (1, 2):
+        cases = [case for case in [*REFERENCES, *(case for _, case in ALL)] if case.world_size == world_size]
+        found |= launch(tmp_path, world_size, cases, "cuda", WORKER)
+    for reference, case in ALL:
+        if case.world_size <= 2:
+            ours, theirs = found[case.name], found[reference]
+            assert largest_difference(ours.losses, theirs.losses) < 1e-5, case.name
+            assert largest_difference(ours.grad_norms, theirs.grad_norms) < 5e-4, case.name
 
 
 def test_goes_on_bit_for_bit_in_the_same_grid(outcomes: dict[str, Outcome]) -> None:
