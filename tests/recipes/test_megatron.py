@@ -6,6 +6,7 @@ widest format that its optimizer takes: the order of summation costs up to 1e-6 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from launcher.__main__ import main
 from recipes.ch5.megatron_args import MegatronArgs
@@ -22,10 +24,11 @@ from recipes.lib import checkpoint, manifest, saving
 from recipes.lib.arguments import ArgumentError, parse
 from recipes.lib.checkpoint import CheckpointMismatch, Progress, Trained
 from recipes.lib.distributed import World
-from recipes.lib.model import Transformer
+from recipes.lib.model import Transformer, materialize
 from recipes.lib.model_sizes import ModelSize
+from recipes.lib.pretrained import hugging_face_config, to_hugging_face
 from recipes.lib.stack import STACK_FOLDER
-from tests.recipes.parity import SAVED_AT, SIZE, STEPS, Case, Outcome, launch, make_data
+from tests.recipes.parity import SAVED_AT, SEQUENCE_LENGTH, SIZE, STEPS, Case, Outcome, launch, make_data
 
 # The first test waits for all processes of the file.
 pytestmark = pytest.mark.timeout(900)
@@ -65,6 +68,8 @@ CASES = {
         case("same-grid", 2, EVEN, load="saves-tensor", tensor_parallel=2),
         case("one-to-copies", 2, EVEN, load="saves-one"),
         case("tensor-to-four", 4, EVEN, load="saves-tensor", tensor_parallel=2, pipeline_parallel=2),
+        # Another seed, and the reference's initial values as published weights.
+        case("published", 2, EVEN, tensor_parallel=2, init_from="published", seed=5),
     ],
     "shared-uneven": [
         case("one", 1, UNEVEN),
@@ -82,6 +87,7 @@ CASES = {
         case("experts-and-pipeline", 4, UNEVEN, expert_parallel=2, pipeline_parallel=2, **MIXTURE),
     ],
 }  # fmt: skip
+UPCYCLED = case("upcycled", 1, EVEN, init_from="published", seed=5, **MIXTURE)
 ALL = [(reference, case) for reference, cases in CASES.items() for case in cases]
 
 
@@ -90,7 +96,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the cases' data and checkpoints."""
     folder = tmp_path_factory.mktemp("megatron")
     make_data(folder / "data")
+    model = Transformer(SIZE)
+    materialize(model, 0, torch.device("cpu"))
+    published = folder / "published"
+    published.mkdir()
+    save_file(
+        {to_hugging_face(name): tensor for name, tensor in model.state_dict().items()},
+        published / "a.safetensors",
+    )
+    (published / "config.json").write_text(json.dumps(hugging_face_config(SIZE, context=SEQUENCE_LENGTH)))
     return folder
+
+
+def with_weights_in(folder: Path, case: Case) -> Case:
+    """The case, whose `init_from` is in `folder`."""
+    if "init_from" not in case.args:
+        return case
+    return dataclasses.replace(case, args={**case.args, "init_from": str(folder / case.args["init_from"])})
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +120,12 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
     """What every case computed, by its name."""
     found: dict[str, Outcome] = {}
     for world_size in (1, 2, 4):
-        cases = [case for case in [*REFERENCES, *(case for _, case in ALL)] if case.world_size == world_size]
+        cases = [
+            case
+            for case in [*REFERENCES, UPCYCLED, *(case for _, case in ALL)]
+            if case.world_size == world_size
+        ]
+        cases = [with_weights_in(folder, case) for case in cases]
         found |= launch(folder, world_size, cases, module=WORKER)
     return found
 
@@ -128,9 +155,10 @@ def test_trains_as_one_gpu_does(tmp_path: Path) -> None:
     found: dict[str, Outcome] = {}
     for world_size in (1, 2):
         cases = [case for case in [*REFERENCES, *(case for _, case in ALL)] if case.world_size == world_size]
+        cases = [case for case in cases if "init_from" not in case.args]
         found |= launch(tmp_path, world_size, cases, "cuda", WORKER)
     for reference, case in ALL:
-        if case.world_size <= 2:
+        if case.name in found:
             ours, theirs = found[case.name], found[reference]
             assert largest_difference(ours.losses, theirs.losses) < 1e-5, case.name
             assert largest_difference(ours.grad_norms, theirs.grad_norms) < 5e-4, case.name
@@ -143,6 +171,13 @@ def test_goes_on_bit_for_bit_in_the_same_grid(outcomes: dict[str, Outcome]) -> N
     assert resumed.grad_norms == through.grad_norms[SAVED_AT:]
     assert resumed.weights_after == through.weights_after
     assert resumed.random == through.random
+
+
+def test_experts_that_begin_as_copies_of_a_dense_layer_are_that_layer(outcomes: dict[str, Outcome]) -> None:
+    """In the first step; then the router makes them differ."""
+    ours, dense = outcomes["upcycled"], outcomes["shared-even"]
+    assert ours.losses[0] == pytest.approx(dense.losses[0], rel=LOSS)
+    assert ours.losses[-1] != pytest.approx(dense.losses[-1], rel=1e-4)
 
 
 def test_each_copy_keeps_a_part_of_the_moments(outcomes: dict[str, Outcome]) -> None:
