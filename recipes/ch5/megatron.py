@@ -186,16 +186,19 @@ class Megatron:
         Megatron's own loader is made for Apex's AdamW, which does not count steps for each parameter as torch's does.
         """
         for part in self.optimizer.chained_optimizers:
+            if not isinstance(part.optimizer, torch.optim.AdamW):
+                continue  # where Apex or Transformer Engine is installed, theirs
             for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 part.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
 
     def _read_moments(self, part: MegatronOptimizer, saved: dict[str, Any]) -> None:
         """Take over the state of one optimizer: that of experts, or of everything else."""
-        moments = saved.pop("param_state", None)
+        if "param_state" not in saved or not isinstance(part.optimizer, torch.optim.AdamW):
+            part.load_state_dict(saved)  # not distributed, or not torch's
+            return
+        moments = saved.pop("param_state")
         part.load_state_dict(saved)
-        if moments is None:
-            return  # not distributed: they were in it
         counts = {parameter: state.pop("step") for parameter, state in part.optimizer.state.items()}
         part.load_parameter_state_from_fully_reshardable(moments)
         for parameter, count in counts.items():

@@ -78,7 +78,8 @@ CASES = {
         case("pipeline", 2, UNEVEN, pipeline_parallel=2),
         case("context", 2, UNEVEN, context_parallel=2),
         case("copies", 2, UNEVEN, overlap=True, activation_checkpointing="full"),
-        case("copies-whole-optimizer", 2, UNEVEN, distributed_optimizer=False),
+        case("copies-whole-optimizer", 2, UNEVEN, save=True, distributed_optimizer=False),
+        case("resumed-whole-optimizer", 2, UNEVEN, load="copies-whole-optimizer", distributed_optimizer=False),
         case("tensor-and-context", 4, UNEVEN, tensor_parallel=2, context_parallel=2),
     ],
     "shared-deep": [case("virtual-stages", 2, DEEP, pipeline_parallel=2, stages_per_rank=2)],
@@ -166,11 +167,15 @@ def test_trains_as_one_gpu_does(tmp_path: Path) -> None:
 
 def test_goes_on_bit_for_bit_in_the_same_grid(outcomes: dict[str, Outcome]) -> None:
     """From a checkpoint, with other initial weights and another random state before it is read."""
-    through, resumed = outcomes["saves-tensor"], outcomes["same-grid"]
-    assert resumed.losses == through.losses[SAVED_AT:]
-    assert resumed.grad_norms == through.grad_norms[SAVED_AT:]
-    assert resumed.weights_after == through.weights_after
-    assert resumed.random == through.random
+    for first, second in (
+        ("saves-tensor", "same-grid"),
+        ("copies-whole-optimizer", "resumed-whole-optimizer"),
+    ):
+        through, resumed = outcomes[first], outcomes[second]
+        assert resumed.losses == through.losses[SAVED_AT:]
+        assert resumed.grad_norms == through.grad_norms[SAVED_AT:]
+        assert resumed.weights_after == through.weights_after
+        assert resumed.random == through.random
 
 
 def test_experts_that_begin_as_copies_of_a_dense_layer_are_that_layer(outcomes: dict[str, Outcome]) -> None:
