@@ -1,1 +1,1 @@
-"""Chapter 5: DeepSpeed and Megatron-Core, in the same loop as everything else."""
+"""Chapter 5: DeepSpeed and Megatron-Core through the same loop."""
