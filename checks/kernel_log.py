@@ -34,7 +34,8 @@ INVALID_CONTEXT = re.compile(
     r"(nvidia-peermem|nv_peer_mem|nvidia_peermem|nv_get_p2p)\S*.*invalid context", re.IGNORECASE
 )
 
-KEPT_LINES = r"(?i)^(?!.*command line:).*(?:nvrm|nvidia|nvswitch|peermem|nv_peer_mem|mlx[45]|bnxt|\befa\b|PCIe bandwidth|AER:|infiniband)"
+_KINDS = r"nvrm|nvidia|nvswitch|peermem|nv_peer_mem|mlx[45]|bnxt|\befa\b|PCIe bandwidth|AER:|infiniband"
+KEPT_LINES = rf"(?i)^(?!.*command line:).*(?:{_KINDS})"
 """All that is looked at, and what a person would ask for next. The rest of a kernel log is nobody's business, and the
 kernel's command line, which names drivers too, may hold what is secret."""
 

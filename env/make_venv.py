@@ -35,6 +35,9 @@ DEEPSPEED = Path("env/requirements/deepspeed.txt")
 INPUTS = (Path("pyproject.toml"), Path("env/make_venv.py"), LOCKED, TORCH, DEEPSPEED)
 """Everything that decides what .venv holds; a change in one of them makes the next call work again."""
 
+MEGATRON = "megatron-core==0.16.1"
+"""What the tests of chapter 5 run: the newest that takes Python 3.11. Its own environment has a later one."""
+
 OLDEST = (3, 11)
 NEWER = ("python3.13", "python3.12", "python3.11")
 """Where the default interpreter is too old, these are tried, in this order."""
@@ -97,6 +100,7 @@ def make_environment(wanted: str) -> None:
         install_locked()
         install_deepspeed()
         install_project()
+        install_megatron()
         STAMP.write_text(fingerprint())
     return say("done", f"in {time.monotonic() - started:.0f} s")
 
@@ -224,6 +228,13 @@ def install_project() -> None:
     if not logged(pip("install", "--no-deps", "--no-build-isolation", "--editable", ".")):
         raise SetupError(f"pip could not install this project: {last_complaint()}; see {LOG}")
     say("project", "editable: python -m launcher works from any folder")
+
+
+def install_megatron() -> None:
+    # Without what it asks for: a torch, which was chosen above, and packages that are locked.
+    if not logged(pip("install", "--no-deps", MEGATRON)):
+        raise SetupError(f"pip could not install {MEGATRON}: {last_complaint()}; see {LOG}")
+    say("megatron", f"{MEGATRON}, for the tests of chapter 5")
 
 
 # --- running and telling ------------------------------------------------------------------------------------

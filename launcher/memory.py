@@ -21,7 +21,12 @@ def check_memory(spec: JobSpec) -> str | None:
     gpu = gpu_of_sku(spec.checks.sku)
     if gpu is None:
         return None
-    found = misfit(spec.recipe, spec.args, spec.nodes, spec.tasks_per_node, gpu)
+    if spec.recipe == "ch5_megatron":
+        from recipes.ch5 import megatron_memory
+
+        found = megatron_memory.misfit(spec.args, spec.nodes, spec.tasks_per_node, gpu)
+    else:
+        found = misfit(spec.recipe, spec.args, spec.nodes, spec.tasks_per_node, gpu)
     if found is None:
         return None
     nearest = f"nearest that fits: {found.nearest}" if found.nearest else "nothing near it fits"

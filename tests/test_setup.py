@@ -264,6 +264,13 @@ def test_what_deepspeed_itself_needs_is_locked() -> None:
     assert needed - {"torch"} <= set(locked())
 
 
+def test_megatron_core_is_the_pinned_one_and_brings_no_torch(machine: Machine) -> None:
+    machine.setup()
+    (command,) = [line for line in machine.commands if "megatron-core" in line]
+    assert command == f"pip install --no-deps megatron-core=={importlib.metadata.version('megatron-core')}"
+    assert names(importlib.metadata.requires("megatron-core") or []) - {"torch"} <= set(locked())
+
+
 def test_what_torch_itself_needs_is_locked() -> None:
     cuda_only = ("nvidia-", "cuda-", "triton")
     needed = names(importlib.metadata.requires("torch") or [])

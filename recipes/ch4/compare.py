@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -30,8 +31,9 @@ from recipes.lib.comparison_plots import comparison_png
 from recipes.lib.deepspeed_stack import check_deepspeed
 from recipes.lib.distributed import World, joined
 from recipes.lib.flops import parameter_count
+from recipes.lib.layout import Layout
 from recipes.lib.measurements import Measurements, several
-from recipes.lib.memory import Kept, PeakMemory, kept_bytes
+from recipes.lib.memory import Keeping, Kept, PeakMemory, kept_bytes
 from recipes.lib.own_time import OwnTime
 from recipes.lib.parallelism import attention_backends
 from recipes.lib.stall import Stall, measure_stall
@@ -75,7 +77,7 @@ class Measured:
 
 def ddp(plan: Plan, args: CompareArgs) -> Technique:
     """Chapter 3's, with its own defaults."""
-    return Replicated.build(plan, DdpArgs(**_shared(args)))
+    return Replicated.build(plan, DdpArgs(**shared(args)))
 
 
 def fsdp(strategy: str) -> Callable[[Plan, CompareArgs], Technique]:
@@ -83,7 +85,7 @@ def fsdp(strategy: str) -> Callable[[Plan, CompareArgs], Technique]:
 
     def build(plan: Plan, args: CompareArgs) -> Technique:
         copy = copy_ranks(args, plan.world) if strategy == "hybrid_shard" else 0
-        own = FsdpArgs(**_shared(args), strategy=strategy, shard_size=copy)
+        own = FsdpArgs(**shared(args), strategy=strategy, shard_size=copy)
         return Sharded.build(plan, own, make_grid(plan.world, own))
 
     return build
@@ -91,10 +93,12 @@ def fsdp(strategy: str) -> Callable[[Plan, CompareArgs], Technique]:
 
 def zero(stage: int) -> Callable[[Plan, CompareArgs], Technique]:
     """Chapter 5's, in this stage."""
-    return lambda plan, args: Zero.build(plan, DeepSpeedArgs(**_shared(args), stage=stage))
+    return lambda plan, args: Zero.build(plan, DeepSpeedArgs(**shared(args), stage=stage))
 
 
-STRATEGIES: dict[str, Callable[[Plan, CompareArgs], Technique]] = {
+Build = Callable[[Plan, CompareArgs], Technique]
+
+STRATEGIES: dict[str, Build] = {
     "ddp": ddp,
     "shard_grad_op": fsdp("shard_grad_op"),
     "full_shard": fsdp("full_shard"),
@@ -111,34 +115,47 @@ def main() -> None:
     args = parse_or_exit(CompareArgs)
     if args.zero:
         check_deepspeed(f"strategies={args.zero[0]}")
+    compare("ch4_compare", args, STRATEGIES)
+
+
+def compare(
+    recipe: str,
+    args: CompareArgs,
+    strategies: Mapping[str, Build],
+    layouts: Mapping[str, Callable[[World], Layout]] = MappingProxyType({}),
+) -> None:
+    """Measure those of `strategies` that the arguments name; `layouts` has those that divide the ranks in their way."""
     with joined(args.device) as world:
         several(world)
         args.check_ranks(world.size, world.local_size)
-        plan = make_plan("ch4_compare", args, world)
+        same_for_all = make_plan(recipe, args, world)
         with (
-            Measurements("ch4_compare", world, len(args.strategies)) as results,
+            Measurements(recipe, world, len(args.strategies)) as results,
             attention_backends(world.device),
         ):
             found: list[Measured] = []
             for name in args.strategies:
+                plan, build = same_for_all, strategies[name]
+                if name in layouts:
+                    plan = dataclasses.replace(plan, layout=layouts[name](world))
                 if (problem := does_not_fit(name, plan, args)) is not None:
                     results.note(kind="does_not_fit", strategy=name, reason=problem)
                     results.show(f"{name}: {problem}")
                     continue
                 if not found:
-                    warm_up(name, plan, args)
-                found.append(measure_strategy(name, plan, args))
+                    warm_up(build, plan, args)
+                found.append(measure_strategy(name, build, plan, args))
                 speed = f"{name}: {found[-1].tokens_per_second:,.0f} tokens/s"
                 results.add(speed, **found[-1].figures())
             if world.is_first and found:
-                show(found, plan, results)
+                show(found, same_for_all, results)
 
 
-def measure_strategy(name: str, plan: Plan, args: CompareArgs) -> Measured:
+def measure_strategy(name: str, build: Build, plan: Plan, args: CompareArgs) -> Measured:
     """Build, train `steps` steps and one more that is looked into, and forget everything."""
     world, results, seconds = plan.world, [], []
     memory = PeakMemory(world.device)
-    technique = STRATEGIES[name](plan, args)
+    technique = build(plan, args)
     own = OwnTime(technique.model, world.device)
     for step in range(1, args.steps + 1):
         together(world)
@@ -151,7 +168,9 @@ def measure_strategy(name: str, plan: Plan, args: CompareArgs) -> Measured:
         results.append((loss.item(), norm.item()))
     peak = memory.peak()
     kept = (
-        technique.kept() if isinstance(technique, Zero) else kept_bytes(technique.model, technique.optimizer)
+        technique.kept()
+        if isinstance(technique, Keeping)
+        else kept_bytes(technique.model, technique.optimizer)
     )
     together(world)
     stall = measure_stall(lambda: _one_more(plan, technique, own), world.device)
@@ -169,9 +188,9 @@ def measure_strategy(name: str, plan: Plan, args: CompareArgs) -> Measured:
     )
 
 
-def warm_up(name: str, plan: Plan, args: CompareArgs) -> None:
+def warm_up(build: Build, plan: Plan, args: CompareArgs) -> None:
     """One step that nobody measures: the first of a process loads libraries, whose memory is no strategy's."""
-    technique = STRATEGIES[name](plan, args)
+    technique = build(plan, args)
     optimizer_step(plan, technique, 1, OwnTime(technique.model, plan.world.device))
 
 
@@ -232,7 +251,7 @@ def _one_more(plan: Plan, technique: Technique, own: OwnTime) -> None:
     optimizer_step(plan, technique, plan.args.steps, own)
 
 
-def _shared(args: CompareArgs) -> dict[str, object]:
+def shared(args: CompareArgs) -> dict[str, object]:
     """What every technique takes."""
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainArgs)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from recipes.lib.arguments import ArgumentError, TrainArgs, argument, arguments_of
 
@@ -16,6 +17,8 @@ _OF_SAVING = ("log_every", "save_every", "keep", "keep_every", "async_save")
 @dataclass(frozen=True, kw_only=True)
 class CompareArgs(TrainArgs):
     """Which strategies, for how many steps; the rest is every strategy's."""
+
+    recipe: ClassVar[str] = "ch4_compare"
 
     strategies: list[str] = argument(
         list(STRATEGIES),
@@ -38,9 +41,8 @@ class CompareArgs(TrainArgs):
         known = arguments_of(CompareArgs)
         for name in _OF_SAVING:
             if getattr(self, name) != known[name].default:
-                raise ArgumentError(
-                    name, getattr(self, name), "ch4_compare measures, and saves no checkpoint"
-                )
+                problem = f"{self.recipe} measures, and saves no checkpoint"
+                raise ArgumentError(name, getattr(self, name), problem)
         if self.untimed >= self.steps:
             raise ArgumentError(
                 "untimed", self.untimed, f"wants less than steps={self.steps}: none would be timed"

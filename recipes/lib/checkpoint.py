@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from recipes.lib import manifest
 from recipes.lib.distributed import SECONDS_UNTIL_VISIBLE, World, from_first
 from recipes.lib.optimizer import own_part
+from recipes.lib.stack import STACK_FOLDER, OwnFiles
 
 # Flat: the optimizer's state under parameter names instead of per group, which another technique may number
 # otherwise.
@@ -104,6 +105,8 @@ class Trained:
     optimizer: torch.optim.Optimizer
     facts: dict[str, Any]
     """What must be equal for the run to go on: data, batch size, … (plain values)."""
+    own: OwnFiles | None = None
+    """What writes and reads model and optimizer in its own way; None: torch.distributed.checkpoint does."""
     technique: str = ""
     """The recipe's name."""
     size: dict[str, Any] = field(default_factory=dict)
@@ -112,6 +115,11 @@ class Trained:
     """Tokens per sequence."""
     keeper: StateKeeper | None = None
     """Who knows where the state of model and optimizer is; None: torch finds it."""
+
+    @property
+    def stack(self) -> str:
+        """Who can read the files."""
+        return manifest.STACK if self.own is None else self.own.stack
 
     def description(self, step: int, world: World) -> manifest.Manifest:
         """What the manifest says of the model's side."""
@@ -124,6 +132,7 @@ class Trained:
             context=self.context,
             torch=str(torch.__version__),
             time=time.time(),
+            stack=self.stack,
         )
 
 
@@ -195,8 +204,8 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
         found = manifest.Manifest.read(folder)
     except manifest.Unsound as error:
         raise CheckpointMismatch(f"{folder}: {error}") from None
-    if found.stack != manifest.STACK:
-        raise CheckpointMismatch(f"{folder} was written by {found.stack}; this recipe reads {manifest.STACK}")
+    if found.stack != trained.stack:
+        raise CheckpointMismatch(f"{folder} was written by {found.stack}; this recipe reads {trained.stack}")
     for name, value in trained.facts.items():
         if found.facts.get(name) != value:
             raise CheckpointMismatch(
@@ -208,7 +217,9 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
     if random_key not in filesystem.FileSystemReader(folder).read_metadata().state_dict_metadata:
         del state[random_key]
     state = _load(state, folder, world)
-    if trained.keeper is not None:
+    if trained.own is not None:
+        trained.own.read(folder / STACK_FOLDER)
+    elif trained.keeper is not None:
         trained.keeper.state_was_loaded(state["model"], state["optimizer"])
     elif own_part(trained.optimizer) is trained.optimizer:
         set_torch_state(trained.model, trained.optimizer, state["model"], state["optimizer"])
@@ -232,19 +243,20 @@ def _load(state: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:
 def state_of(trained: Trained, progress: Progress, world: World) -> dict[str, Any]:
     """What is saved: references to the model's and the optimizer's own tensors, nothing is copied.
 
+    Without them where a stack writes them itself.
+
     Values that are no tensors are JSON or bytes, one key each: torch.distributed.checkpoint takes nested ones
     apart, and a later field would be a missing key in every older checkpoint.
     """
-    if trained.keeper is not None:
-        model, optimizer = trained.keeper.checkpoint_state()
-    else:
-        model, optimizer = torch_state(trained.model, own_part(trained.optimizer))
-    return {
-        "model": model,
-        "optimizer": optimizer,
+    state: dict[str, Any] = {
         "progress": json.dumps(asdict(progress)),
         _random_key(world): _random_state(world),
     }
+    if trained.keeper is not None:
+        state["model"], state["optimizer"] = trained.keeper.checkpoint_state()
+    elif trained.own is None:
+        state["model"], state["optimizer"] = torch_state(trained.model, own_part(trained.optimizer))
+    return state
 
 
 def torch_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -13,6 +13,7 @@ Suffixes of tensor names: as in `model`; C ranks of the group; N = H/C + 2K/C, t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ class Context:
     """The ranks that split every sequence among themselves, into neighbouring parts in the order of the ranks."""
 
     group: dist.ProcessGroup
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
+    """Over whole sequences."""
 
     def part(self, tokens_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's tokens and targets, and their positions in the whole sequence."""
@@ -49,7 +52,7 @@ class Context:
         exchanged_CBNSE = self._exchange(torch.cat(parts, dim=2).movedim(1, 0))
         # What came from rank c are the tokens of part c.
         whole_BNSE = exchanged_CBNSE.permute(1, 2, 0, 3, 4).flatten(2, 3)
-        y_BHSE = causal_attention(*whole_BNSE.split([part.shape[2] for part in parts], dim=1))
+        y_BHSE = self.attention(*whole_BNSE.split([part.shape[2] for part in parts], dim=1))
         back_CBHSE = self._exchange(y_BHSE.unflatten(2, (ranks, -1)).movedim(2, 0))
         return back_CBHSE.movedim(0, 1).flatten(1, 2)
 

@@ -7,6 +7,7 @@ import gc
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ class Kept:
     gradients: int
     """Right before the optimizer's step; their memory may be used for activations in between."""
     moments: int
+
+
+@runtime_checkable
+class Keeping(Protocol):
+    """A technique whose stack holds things where torch would not look."""
+
+    def kept(self) -> Kept:
+        """On this rank."""
 
 
 def kept_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Kept:

@@ -10,7 +10,7 @@ import json
 import math
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,6 +189,28 @@ def load_pretrained(
             "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
         )
         load(ours, storage_reader=reader, no_dist=True)
+
+
+def published_tensors(folder: str | Path, size: ModelSize) -> Callable[[str], Tensor]:
+    """What gives each tensor in the safetensors in `folder` by our parameter's name, whole, in its own dtype.
+
+    Raises ArgumentError as `check_init_from` does.
+    """
+    from safetensors import safe_open
+
+    check_folder(str(folder), size)
+    files = {
+        name: file
+        for file in sorted(Path(folder).expanduser().glob("*.safetensors"))
+        for name in _tensor_names(str(folder), file)
+    }
+
+    def read(name: str) -> Tensor:
+        with safe_open(files[to_hugging_face(name)], framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(to_hugging_face(name))
+            return tensor
+
+    return read
 
 
 def _read_config(init_from: str, folder: Path) -> dict[str, Any]:

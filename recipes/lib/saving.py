@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from recipes.lib import manifest
 from recipes.lib.checkpoint import PassedOver, Progress, Trained, state_of
@@ -84,12 +85,16 @@ class Saver:
         """`keep` checkpoints are kept, and those of every `keep_every`-th step (0: none of them)."""
         self._run_directory, self._trained, self._world = run_directory, trained, world
         self._keep, self._keep_every, self._say = keep, keep_every, say
-        self._stager = Stager(world.device) if in_background else None
+        # What a stack writes itself is what it has, not a copy: the steps wait.
+        copied = in_background and trained.own is None
+        self._stager = Stager(world.device) if copied else None
         self._copy: Future[State] | None = None
         """Of the state as it was at the save, while the next step computes."""
         self._rehearsal: Future[State] | None = None
         self._blocked = 0.0
-        self._hook = own_part(trained.optimizer).register_step_pre_hook(self._before_the_update)
+        self._hook: RemovableHandle | None = None
+        if copied:
+            self._hook = own_part(trained.optimizer).register_step_pre_hook(self._before_the_update)
         self._lines = Lines(run_directory / ANNOUNCEMENTS_FILE) if world.is_first else None
         self._thread: threading.Thread | None = None
         self._outcome: Saved | None = None
@@ -110,7 +115,8 @@ class Saver:
             self._thread.join(SECONDS_FOR_THE_LAST)
             if self._thread.is_alive():
                 return  # it still uses what would be closed
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         if self._stager is not None:
             self._stager.close()
         if self._lines is not None:
@@ -136,7 +142,8 @@ class Saver:
         self.wait()
         step = progress.step
         state = state_of(self._trained, progress, self._world)
-        too_full = self._space_problem(_bytes_of(state)) if self._world.is_first else None
+        needed = _bytes_of(state, self._trained)
+        too_full = self._space_problem(needed) if self._world.is_first else None
         too_full = from_first(too_full, self._world)
         if too_full is not None:
             self._outcome = Saved(step, "skipped", too_full)
@@ -183,7 +190,9 @@ class Saver:
             if isinstance(state, Future):
                 state = state.result()
             try:
-                written = write_checkpoint(state, description, self._run_directory, world, group)
+                written = write_checkpoint(
+                    state, description, self._run_directory, world, group, self._trained.own
+                )
                 outcome = Saved(step, "saved", bytes=written.size)
                 self.newest_saved = step
             except NotSaved as error:
@@ -248,8 +257,10 @@ def announce_passed_over(run_directory: Path, passed_over: Sequence[PassedOver],
     lines.close()
 
 
-def _bytes_of(state: dict[str, Any]) -> int:
+def _bytes_of(state: dict[str, Any], trained: Trained) -> int:
     """Bytes that the checkpoint will have, over all ranks: a sharded tensor counts whole, a replicated one once."""
+    if trained.own is not None:
+        return trained.own.size() + _SPARE_BYTES
     tensors = [
         tensor
         for part in (state["model"], state["optimizer"])
@@ -266,7 +277,7 @@ def save(run_directory: Path, trained: Trained, progress: Progress, world: World
     """
     state = state_of(trained, progress, world)
     description = trained.description(progress.step, world)
-    write_checkpoint(state, description, run_directory, world, world.patient)
+    write_checkpoint(state, description, run_directory, world, world.patient, trained.own)
     return manifest.folder_of(run_directory, progress.step)
 
 

@@ -50,6 +50,7 @@ from recipes.lib.own_time import OwnTime
 from recipes.lib.parallelism import Precision, attention_backends, precision
 from recipes.lib.pretrained import check_init_from, load_pretrained
 from recipes.lib.saving import Saver, announce_passed_over, keep_tokenizer
+from recipes.lib.stack import OwnFiles
 from recipes.lib.stopping import OF_THIS_PROCESS, Stopped, attempt_folder
 from recipes.lib.writing import NotSaved
 
@@ -204,6 +205,7 @@ def train(plan: Plan, technique: Technique) -> None:
         size=dataclasses.asdict(plan.size),
         context=args.sequence_length,
         keeper=technique if isinstance(technique, StateKeeper) else None,
+        own=technique if isinstance(technique, OwnFiles) else None,
     )
     progress = Progress()
     if world.is_first:

@@ -18,9 +18,11 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, 
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from recipes.lib.distributed import World
-from recipes.lib.manifest import Checksums, Manifest, aside, folder_of
+from recipes.lib.manifest import Checksums, FileEntry, Manifest, aside, folder_of
+from recipes.lib.stack import STACK_FOLDER, OwnFiles
 
 T = TypeVar("T")
+_READ_BYTES = 4 * 2**20
 
 
 class NotSaved(Exception):
@@ -33,8 +35,11 @@ def write_checkpoint(
     run_directory: Path,
     world: World,
     group: dist.ProcessGroup | None,
+    own: OwnFiles | None = None,
 ) -> Manifest:
     """Write `state` as the checkpoint of `manifest.step`; all ranks call this together. Gives the manifest in full.
+
+    What `own` writes is a part of it.
 
     When it returns on any rank, the checkpoint is complete, on the disk and visible on all of them. `group` is
     that of all ranks on gloo, which nothing else uses meanwhile; None in a world of one. Raises NotSaved on every
@@ -47,6 +52,8 @@ def write_checkpoint(
         _together(lambda: _clear(beside) if first else None, group)
         written = _write_shards(state, beside, group)
         sizes = _together(lambda: _as_on_disk(beside, written), group)
+        if own is not None:
+            sizes += _write_own(own, beside, world, group)
         files = {name: entry for entries in sizes for name, entry in entries.items()}
         manifest = dataclasses.replace(manifest, files=files, time=time.time())
         _together(lambda: _publish(manifest, beside, final) if first else None, group)
@@ -190,6 +197,34 @@ def _as_on_disk(folder: Path, written: dict[str, Checksums]) -> dict[str, Any]:
         if size != checksums.size:
             raise OSError(f"{name} has {size} bytes on the disk, {checksums.size} were written")
     return entries
+
+
+def _write_own(
+    own: OwnFiles, beside: Path, world: World, group: dist.ProcessGroup | None
+) -> list[dict[str, FileEntry]]:
+    """The files of another stack, and the manifest's entries of each. Raises NotSaved on every rank alike."""
+    folder = beside / STACK_FOLDER
+    _together(lambda: folder.mkdir() if world.is_first else None, group)
+    _together(lambda: own.write(folder), group)
+    # What rank 0 sees, not each its own: on a network file system the others may see less for a while.
+    names = _together(lambda: _files_in(beside, folder) if world.is_first else [], group)[0]
+    # Its writers know no checksums, so each rank reads a part of the files again, from the page cache on one node.
+    mine = names[world.rank :: world.size]
+    return _together(lambda: {name: _entry_of(beside / name) for name in mine}, group)
+
+
+def _files_in(beside: Path, folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(beside)) for path in folder.rglob("*") if path.is_file())
+
+
+def _entry_of(path: Path) -> FileEntry:
+    """Of a file that is there: its size and checksums, and on the disk afterwards."""
+    checksums = Checksums()
+    with path.open("rb", buffering=0) as stream:
+        while data := stream.read(_READ_BYTES):
+            checksums.update(memoryview(data))
+        os.fsync(stream.fileno())
+    return checksums.entry()
 
 
 def _clear(beside: Path) -> None:

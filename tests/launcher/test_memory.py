@@ -93,6 +93,28 @@ def test_nobody_is_kept_from_what_may_work(words: tuple[str, ...]) -> None:
     assert said(*words) is None
 
 
+def test_what_megatron_splits_is_counted_as_it_splits_it() -> None:
+    words = (
+        "recipe=ch5_megatron",
+        "nodes=1",
+        "checks.sku=H100 80GB",
+        "args.model=llama_8b",
+        "args.batch_size=64",
+    )
+    assert said(*words) is None  # 6 bytes of each parameter, and an eighth of 12
+    with pytest.raises(UserError) as caught:
+        said(*words, "args.distributed_optimizer=false")
+    # 8,030,261,248 parameters of 18 bytes: 134.6 GiB.
+    assert "take 134.6 GiB per GPU, 55.5 GiB more than the 79.1 of a H100 80GB" in str(caught.value)
+    assert "nearest that fits: args.distributed_optimizer=true (56.1 GiB)" in str(caught.value)
+    # Of 8 experts a rank has 4, a quarter of each: 5.64 billion parameters of 18 bytes, 94.5 GiB; on twice as many
+    # ranks two have the same and share 12 of the 18 bytes: 63.0 GiB, and 5.0 for everything else.
+    mixture = (*words, "args.experts=8", "args.tensor_parallel=4", "args.expert_parallel=2")
+    with pytest.raises(UserError, match=r"nearest that fits: nodes=2 \(68.0 GiB\)"):
+        said(*mixture)
+    assert said(*mixture, "nodes=2") is None
+
+
 @pytest.mark.parametrize("name", ["aws-p5", "aws-p5en", "azure-ndv5", "dgx-h100", "gcp-a3mega", "oci-h100"])
 def test_profiles_of_known_clusters_name_a_gpu_that_the_planner_knows(name: str) -> None:
     spec = compose(

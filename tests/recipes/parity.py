@@ -58,6 +58,7 @@ from recipes.lib.optimizer import own_part
 from recipes.lib.own_time import OwnTime
 from recipes.lib.parallelism import attention_backends, precision
 from recipes.lib.shards import TokenShards, write_shards
+from recipes.lib.stack import OwnFiles
 from recipes.lib.training import Plan, Remembering, Technique, optimizer_step
 
 VOCABULARY = 263
@@ -154,7 +155,13 @@ def make_data(folder: Path) -> None:
     )
 
 
-def launch(folder: Path, world_size: int, cases: Sequence[Case], device: str = "cpu") -> dict[str, Outcome]:
+def launch(
+    folder: Path,
+    world_size: int,
+    cases: Sequence[Case],
+    device: str = "cpu",
+    module: str = "tests.recipes.parity",
+) -> dict[str, Outcome]:
     """Run `cases`, which all want `world_size`, on that many new processes; by name what they computed."""
     assert {case.world_size for case in cases} == {world_size}
     # The port is the store's own choice: a free one that is looked for beforehand may be taken by then.
@@ -172,7 +179,7 @@ def launch(folder: Path, world_size: int, cases: Sequence[Case], device: str = "
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.recipes.parity", str(folder), str(words), device],
+            [sys.executable, "-m", module, str(folder), str(words), device],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parents[2],
             stderr=subprocess.PIPE,
@@ -257,9 +264,9 @@ def _run(case: Case, folder: Path, world: World) -> Outcome:
     technique = build(case, plan)
     weights_before = weights(technique.model)
     keeper = technique if isinstance(technique, StateKeeper) else None
-    trained = Trained(
-        technique.model, technique.optimizer, {"batch_size": plan.args.batch_size}, keeper=keeper
-    )
+    own = technique if isinstance(technique, OwnFiles) else None
+    facts = {"batch_size": plan.args.batch_size}
+    trained = Trained(technique.model, technique.optimizer, facts, keeper=keeper, own=own)
     progress, drawn, results = Progress(), [], []
     if case.load:
         torch.manual_seed(99)
@@ -268,9 +275,9 @@ def _run(case: Case, folder: Path, world: World) -> Outcome:
         if isinstance(technique, Remembering):
             technique.recall(progress.technique)
         drawn = torch.rand(3).tolist()
-    own = OwnTime(technique.model, world.device)
+    time_of_its_own = OwnTime(technique.model, world.device)
     for step in range(progress.step + 1, STEPS + 1):
-        loss, grad_norm = optimizer_step(plan, technique, step, own)
+        loss, grad_norm = optimizer_step(plan, technique, step, time_of_its_own)
         results.append((loss.item(), grad_norm.item()))
         if case.save and step == (SAVED_AGAIN_AT if case.load else SAVED_AT):
             memory = technique.memory() if isinstance(technique, Remembering) else {}
@@ -290,8 +297,8 @@ def _run(case: Case, folder: Path, world: World) -> Outcome:
 
 
 def _elements(optimizer: torch.optim.Optimizer) -> int:
-    states = own_part(optimizer).state.values()
-    tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    states = own_part(optimizer).state.items()
+    tensors = [value for _, state in states for value in state.values() if isinstance(value, Tensor)]
     return sum((each.to_local() if isinstance(each, DTensor) else each).numel() for each in tensors)
 
 
