@@ -64,7 +64,7 @@ class Stages:
         ):  # it sends a tied table's values around, which autograd would take for a part of the model
             module = deepspeed.pipe.PipelineModule(
                 as_list(size, plan.precision, deepspeed.pipe),
-                num_stages=args.pipeline_parallel,
+                num_stages=args.stages(world.size),
                 loss_fn=loss,
                 partition_method=args.method,
             )
@@ -167,7 +167,7 @@ def order_of(schedule: Any, microbatches: int, stages: int) -> Order:
 def make_layout(world: World, args: DeepSpeedPipelineArgs) -> Layout:
     """DeepSpeed's own: copies of the model are neighbours, stages as far apart as possible. Raises ArgumentError."""
     args.check_ranks(world.size, world.local_size)
-    stages = args.pipeline_parallel
+    stages = args.stages(world.size)
     grid = (stages, world.size // stages)
     mesh = init_device_mesh(world.device.type, grid, mesh_dim_names=("stage", "data"))
     data, stage = mesh.get_group("data"), mesh.get_group("stage")

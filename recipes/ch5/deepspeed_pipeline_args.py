@@ -13,7 +13,9 @@ class DeepSpeedPipelineArgs(TrainArgs):
     """How many ranks share the layers, and how they are cut."""
 
     microbatch_size: int = argument(1, "sequences of one microbatch", minimum=1)
-    pipeline_parallel: int = argument(2, "ranks that share the layers of one copy of the model", minimum=1)
+    pipeline_parallel: int = argument(
+        0, "ranks that share the layers of one copy of the model; 0 is two, or the only one", minimum=0
+    )
     partition: str = argument(
         "layers",
         "where DeepSpeed cuts: so that stages have equally many layers, parameters, or entries of the list",
@@ -40,9 +42,13 @@ class DeepSpeedPipelineArgs(TrainArgs):
 
     def check_ranks(self, ranks: int, ranks_per_node: int) -> None:
         """Refuse a number of ranks that are no whole pipelines. Raises ArgumentError."""
-        if ranks % self.pipeline_parallel:
+        if ranks % self.stages(ranks):
             problem = f"wants a divisor of {ranks}, the number of ranks"
-            raise ArgumentError("pipeline_parallel", self.pipeline_parallel, problem)
+            raise ArgumentError("pipeline_parallel", self.stages(ranks), problem)
+
+    def stages(self, ranks: int) -> int:
+        """Of so many ranks, those that share one copy of the model."""
+        return self.pipeline_parallel or min(2, ranks)
 
     @property
     def method(self) -> str:
