@@ -139,7 +139,7 @@ class Zero:
             total = total + loss.detach()
         return total
 
-    def update(self, rate: float) -> Tensor:
+    def clip_and_update(self, rate: float) -> Tensor:
         """Clip, step, and in stages 1 and 2 gather the parameters that the others have updated."""
         set_learning_rate(self.optimizer, rate)
         if self.state is None:

@@ -139,7 +139,7 @@ class Megatron:
         loss = (loss_BS * counted_BS).sum()
         return loss, counted_BS.sum().int(), loss.detach().clone()
 
-    def update(self, rate: float) -> Tensor:
+    def clip_and_update(self, rate: float) -> Tensor:
         """The norm over all ranks' gradients, clipping, AdamW, and parts of the parameters sent to the other copies."""
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = rate, self.args.weight_decay * group["wd_mult"]

@@ -93,7 +93,7 @@ class Remembering(Protocol):
 class Updating(Protocol):
     """A technique that clips gradients and updates parameters in its own way."""
 
-    def update(self, rate: float) -> Tensor:
+    def clip_and_update(self, rate: float) -> Tensor:
         """Clip to `clip_norm`, update with the learning rate `rate`, forget the gradients.
 
         Gives the norm of the gradient before that, on every rank.
@@ -320,7 +320,7 @@ def optimizer_step(
     loss_sum = technique.accumulate_gradients(batches, token_count)
     rate = learning_rate(step, args)
     if isinstance(technique, Updating):
-        grad_norm = technique.update(rate)
+        grad_norm = technique.clip_and_update(rate)
     else:
         grad_norm = clip_gradients(technique.model, args.clip_norm, layout.stage_group)
         set_learning_rate(technique.optimizer, rate)

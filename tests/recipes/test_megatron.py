@@ -331,17 +331,19 @@ def test_the_launcher_says_it_before_it_submits(capsys: pytest.CaptureFixture[st
     )
 
 
-def test_it_stands_beside_fsdp_in_one_job(tmp_path: Path) -> None:
+def test_it_stands_beside_fsdp_and_zero_in_one_job(tmp_path: Path) -> None:
     """The same losses, and what each keeps of so many parameters: FSDP a half of all, Megatron-Core of the moments."""
     words = ["steps=2", "untimed=1", "sequence_length=32", "batch_size=4", "dtype=float32"]
     agent = ("--nproc-per-node", "2", "-m", "tests.recipes.megatron_on_cpu", "recipes.ch5.compare")
     ended = run("torch.distributed.run", *agent, *words, RUN_DIR=str(tmp_path))
     assert ended.returncode == 0, ended.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    fsdp, megatron = (line for line in lines if line["kind"] == "measurement")
-    assert (fsdp["strategy"], megatron["strategy"]) == ("full_shard", "megatron")
-    assert megatron["losses"] == pytest.approx(fsdp["losses"], rel=LOSS)
-    assert megatron["grad_norms"] == pytest.approx(fsdp["grad_norms"], rel=NORM)
+    measured = {line["strategy"]: line for line in lines if line["kind"] == "measurement"}
+    assert list(measured) == ["full_shard", "zero1", "zero2", "zero3", "megatron"]
+    fsdp, megatron = measured["full_shard"], measured["megatron"]
+    for one in measured.values():
+        assert one["losses"] == pytest.approx(fsdp["losses"], rel=LOSS)
+        assert one["grad_norms"] == pytest.approx(fsdp["grad_norms"], rel=NORM)
     # Its tables have a few rows more.
     assert megatron["kept"]["parameters"] == pytest.approx(2 * fsdp["kept"]["parameters"], rel=0.02)
     assert megatron["kept"]["gradients"] == megatron["kept"]["parameters"]
