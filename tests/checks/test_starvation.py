@@ -38,12 +38,15 @@ def a_crowded_cpu() -> Iterator[int]:
 
 def test_a_process_without_a_cpu_is_told_from_one_that_sleeps() -> None:
     with a_crowded_cpu() as cpu:
-        poor = subprocess.Popen(
-            ["taskset", "--cpu-list", str(cpu), "nice", "-n", "19", sys.executable, "-c", SPINS]
-        )
+        # Not Python, which would read its files first, and wait for the disk instead.
+        spins = ["sh", "-c", "while :; do :; done"]
+        poor = subprocess.Popen(["taskset", "--cpu-list", str(cpu), "nice", "-n", "19", *spins])
         lazy = subprocess.Popen(["sleep", "20"])
         try:
             time.sleep(0.3)
+            ends = time.monotonic() + 10  # until both have begun, also on a busy machine
+            while (scheduled(poor.pid).state, scheduled(lazy.pid).state) != ("R", "S"):
+                assert time.monotonic() < ends
             before = {one.pid: scheduled(one.pid) for one in (poor, lazy)}
             if before[poor.pid].waited is None:
                 pytest.skip("this kernel keeps no schedstat")

@@ -57,7 +57,7 @@ RANKS = {
     ): "tensor_parallel=2: leaves 3 ranks to slice the width 128 of model=tiny, which they do not divide",
 }
 COMPARISONS = {
-    "strategies=ddp,zero3": "strategies=zero3: wants one of ddp, shard_grad_op, full_shard, hybrid_shard",
+    "strategies=ddp,zero4": "strategies=zero4: wants one of ddp, shard_grad_op, full_shard, hybrid_shard, zero1",
     "strategies=ddp,ddp": "strategies=ddp,ddp: names ddp twice",
     "strategies=": "strategies=: wants one or more of ddp, shard_grad_op, full_shard, hybrid_shard",
     "untimed=10": "untimed=10: wants less than steps=10: none would be timed",
