@@ -1,7 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """The command line: finds the command, reads its arguments, prints a user's mistake as one line.
 
-A command's module is imported only when that command is named, so that `--help` and a typing error answer at
+A command's module is imported only when that command is run, so that `--help` and a typing error answer at
 once.
 """
 
@@ -29,8 +29,6 @@ class Command:
 
     help: str
     module: str
-    add_arguments: str = "add_arguments"
-    """Name of the function `(parser) -> None` in the module."""
     run: str = "run"
     """Name of the function `(namespace) -> exit status` in the module."""
 
@@ -52,7 +50,6 @@ COMMANDS: dict[str, Command] = {
     "resume": Command(
         "submit a run again; it continues from its newest checkpoint",
         "launcher.commands.submit",
-        add_arguments="add_resume_arguments",
         run="resume",
     ),
     "box": Command("a real multi-node Slurm on this machine: up, down, status, shell", "launcher.box.cli"),
@@ -117,7 +114,7 @@ def _dispatch(words: list[str]) -> int:
             raise UserError(f"a command is wanted before {name!r}: {', '.join(COMMANDS)}")
         raise UserError(f"unknown command {name!r}: {did_you_mean(name, COMMANDS)}")
     parser = Parser(prog=f"{_program()} {name}", description=COMMANDS[name].help)
-    _fill(parser, COMMANDS[name])
+    _fill(parser, name)
     options = parser.parse_command(words[1:])
     run = getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].run)
     status: int = run(options)
@@ -168,15 +165,16 @@ def completion_parser(line: str) -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(name, help=command.help)
         if name in typed:
-            _fill(subparser, command)
+            _fill(subparser, name)
     return parser
 
 
-def _fill(parser: argparse.ArgumentParser, command: Command) -> None:
+def _fill(parser: argparse.ArgumentParser, name: str) -> None:
     """Add the command's own arguments; key=value words bring their help and completion."""
-    getattr(importlib.import_module(command.module), command.add_arguments)(parser)
+    from launcher.commands.arguments import ARGUMENTS
     from launcher.completion import attach_completers
 
+    ARGUMENTS[name](parser)
     if attach_completers(parser):
         parser.epilog = WORDS
 

@@ -15,36 +15,6 @@ from launcher.box.lifecycle import Box, Status
 from launcher.spec import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the actions to the parser of the command `box`; `run` takes the namespace that it then returns."""
-    actions = parser.add_subparsers(dest="box_action", required=True, metavar="ACTION")
-
-    up = actions.add_parser("up", help="bring up a Slurm cluster on this machine")
-    up.add_argument("--nodes", type=int, default=2, metavar="N", help="number of nodes (default: 2)")
-    _add_name(up)
-    up.add_argument(
-        "--cpus-per-node", type=int, metavar="N",
-        help=f"CPUs that Slurm gives out per node (default: {lifecycle.DEFAULT_CPUS_PER_NODE})",
-    )  # fmt: skip
-    up.add_argument("--gpus", type=int, metavar="N", help="GPUs to deal to the nodes (default: all)")
-    up.add_argument("--accounting", action="store_true", help="run slurmdbd too, so that sacct answers")
-
-    down = actions.add_parser("down", help="end a box with all its jobs")
-    which = down.add_mutually_exclusive_group()
-    _add_name(which)
-    which.add_argument("--all", action="store_true", help="every box of this user on this machine")
-
-    status = actions.add_parser("status", help="what runs")
-    _add_name(status, default=None, what="only this box (default: all)")
-    status.add_argument("--json", action="store_true", help="one JSON list, for programs")
-
-    shell = actions.add_parser("shell", help="a shell, or one command, with the box's sbatch, srun, …")
-    _add_name(shell)
-    shell.add_argument(
-        "command", nargs=argparse.REMAINDER, metavar="COMMAND", help="after -- (default: your shell)"
-    )
-
-
 def run(namespace: argparse.Namespace) -> int:
     """Do what the namespace says and return the exit status. Raises UserError."""
     match namespace.box_action:
@@ -69,14 +39,6 @@ def shell_environment(box: Box, inherited: Mapping[str, str]) -> dict[str, str]:
     foreign = () if own else ("SLURM_", "SLURMD_")
     kept = {key: value for key, value in inherited.items() if not key.startswith(foreign)}
     return {**kept, **lifecycle.environment(box)}
-
-
-def _add_name(
-    parser: argparse._ActionsContainer,
-    default: str | None = "default",
-    what: str = "the box (default: default)",
-) -> None:
-    parser.add_argument("--name", default=default, help=what)
 
 
 def _say(line: str) -> None:

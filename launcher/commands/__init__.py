@@ -1,1 +1,1 @@
-"""The CLI's commands, one module each: `add_arguments(parser)` and `run(namespace) -> exit status`."""
+"""The CLI's commands, one module each: `run(namespace) -> exit status`; what they take is in `arguments`."""

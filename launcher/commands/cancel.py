@@ -10,10 +10,6 @@ from launcher.cluster_commands import use_cluster_of
 from launcher.paths import known_run_roots
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", help="run id or the start of one (default: the latest run)")
-
-
 def run(options: argparse.Namespace) -> int:
     found = runs.find(known_run_roots(), options.run)
     use_cluster_of(found)

@@ -20,29 +20,6 @@ from launcher.spec import UserError
 from recipes.lib import manifest
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", help="run id or the start of one (default: the latest run)")
-    parser.add_argument("--verify", action="store_true", help="read every byte and compare the checksums")
-    parser.add_argument(
-        "--prune", action="store_true", help="delete all but those of --keep and --keep-every"
-    )
-    parser.add_argument("--keep", type=int, metavar="N", help="with --prune: the newest N stay")
-    parser.add_argument(
-        "--keep-every", type=int, metavar="M", help="with --prune: so do multiples of M steps"
-    )
-    parser.add_argument("--yes", action="store_true", help="with --prune: delete, do not only say what")
-    parser.add_argument(
-        "--export", type=Path, metavar="FOLDER", help="write Hugging Face files to a new folder"
-    )
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="with --export: of this step (default: the newest)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="with --export: of the weights"
-    )
-    parser.add_argument("--json", action="store_true", help="JSON instead of text")
-
-
 @dataclass(frozen=True)
 class Found:
     """One checkpoint as it was found."""

@@ -17,10 +17,6 @@ RECIPE = "ch4_fsdp"
 NODES = 2
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="overrides, such as args.steps=20")
-
-
 def run(options: argparse.Namespace) -> int:
     console = Console()
     cluster = _start_box(console)

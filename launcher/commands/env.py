@@ -30,22 +30,6 @@ EXIT_UNUSABLE = 1
 YOURS = "your shell"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="cluster=NAME, fabric=NAME, env.NAME=VALUE; without: fabric=auto. "
-        "Or: install NAME [into=FOLDER] makes the locked environment of a stack; install alone lists them",
-    )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="everything as JSON")
-    form.add_argument("--shell", action="store_true", help='export lines: eval "$(... env --shell)"')
-    parser.add_argument(
-        "--root", type=Path, default=Path("/"), help="folder that holds the sys/ and proc/ of another machine"
-    )
-
-
 def run(options: argparse.Namespace) -> int:
     if options.words[:1] == ["install"]:
         if options.json or options.shell or options.root != Path("/"):

@@ -17,15 +17,6 @@ POLL_SECONDS = 0.3
 STATUS_EVERY_SECONDS = 2.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", help="run id or the start of one (default: the latest run)")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
-    parser.add_argument(
-        "--rank", type=int, metavar="N", help="only this rank (default: controller and rank 0)"
-    )
-    parser.add_argument("--attempt", type=int, metavar="N", help="of this attempt (default: the newest)")
-
-
 def run(options: argparse.Namespace) -> int:
     found = runs.find(known_run_roots(), options.run)
     reader = _Reader()

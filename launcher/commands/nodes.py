@@ -19,14 +19,6 @@ from launcher.spec import UserError
 from launcher.suggest import did_you_mean
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("nodes", nargs="*", metavar="NODE", help="only these, with their evidence: n7 n[8-9]")
-    parser.add_argument("--clear", action="store_true", help="let new jobs have the named nodes again")
-    parser.add_argument("--on", metavar="CLUSTER", help="one cluster's only, by Slurm's name for it")
-    parser.add_argument("--all", action="store_true", help="records that have ended too")
-    parser.add_argument("--json", action="store_true", help="JSON instead of text")
-
-
 def run(options: argparse.Namespace) -> int:
     wanted = _expanded(options.nodes)
     if options.clear and not wanted:

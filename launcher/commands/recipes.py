@@ -8,10 +8,6 @@ import json
 from launcher.recipes import load_recipes
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="a JSON list instead of the table")
-
-
 def run(options: argparse.Namespace) -> int:
     entries = load_recipes()
     if options.json:

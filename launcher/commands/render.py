@@ -16,16 +16,6 @@ JOBS_CLUSTER = "slurm"
 """The profile behind the files of jobs/: the plain one."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "words", nargs="*", metavar="KEY=VALUE", help="recipe=NAME cluster=NAME and overrides"
-    )
-    parser.add_argument(
-        "--all", action="store_true", help="every recipe and the preflight, as the files of jobs/ have it"
-    )
-    parser.add_argument("--write", action="store_true", help="with --all: write jobs/*.sbatch")
-
-
 def run(options: argparse.Namespace) -> int:
     if options.write and not options.all:
         raise UserError("--write goes with --all: one file alone would leave jobs/ and the recipes apart")

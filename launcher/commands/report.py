@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher import ledger, runs
+from launcher.commands.arguments import REPORT_PAGE
 from launcher.paths import known_run_roots
 from launcher.report import Part, Records, Report, build
 from launcher.report_charts import duration
@@ -18,7 +19,6 @@ from launcher.report_page import Title, page, percent
 from launcher.spec import UserError
 from launcher.timeline import Kind
 
-PAGE = "report.html"
 COLOURS: dict[Kind, tuple[str, str]] = {
     "train": ("blue", "█"),
     "lost": ("red", "▓"),
@@ -33,21 +33,10 @@ COLOURS: dict[Kind, tuple[str, str]] = {
 """A colour and a sign for each kind of time: the bar is read without colours too."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", help="run id or the start of one (default: the latest run)")
-    parser.add_argument("--json", action="store_true", help="JSON instead of text; writes no page")
-    parser.add_argument(
-        "--html",
-        type=Path,
-        metavar="FILE",
-        help=f"where the page goes (default: {PAGE} in the run directory)",
-    )
-
-
 def run(options: argparse.Namespace) -> int:
     found = runs.find(known_run_roots(), options.run)
     report = build(records_of(found))
-    file = options.html if options.html is not None else found.path / PAGE
+    file = options.html if options.html is not None else found.path / REPORT_PAGE
     if options.html is not None or not options.json:
         write_page(report, found, file)  # first: a reader of the text may leave early (`| head`)
     if options.json:

@@ -11,14 +11,6 @@ from launcher.config import Composed, compose_with_origins
 from launcher.spec import JobSpec
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "words", nargs="*", metavar="KEY=VALUE", help="recipe=NAME cluster=NAME and overrides"
-    )
-    parser.add_argument("--json", action="store_true", help="the frozen form that a run directory keeps")
-    parser.add_argument("--origins", action="store_true", help="say of each value where it comes from")
-
-
 def run(options: argparse.Namespace) -> int:
     composed = compose_with_origins(options.words)
     if options.json:

@@ -16,15 +16,7 @@ from launcher.cluster_commands import use_cluster_of
 from launcher.paths import known_run_roots
 from launcher.spec import UserError
 
-SHOWN = 20
 """Rows of `status --all` without --limit."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", help="run id or the start of one (default: the latest run)")
-    parser.add_argument("--all", action="store_true", help=f"a table of the newest {SHOWN} runs")
-    parser.add_argument("--limit", type=int, default=SHOWN, metavar="N", help="rows of --all")
-    parser.add_argument("--json", action="store_true", help="JSON instead of text")
 
 
 def run(options: argparse.Namespace) -> int:

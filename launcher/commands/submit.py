@@ -20,29 +20,6 @@ from launcher.spec import JobSpec, UserError
 from launcher.submittable import check_submittable
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "words", nargs="*", metavar="KEY=VALUE", help="recipe=NAME cluster=NAME nodes=4 args.lr=3e-4 …"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="validate, print the job script, submit nothing"
-    )
-    _add_common(parser)
-
-
-def add_resume_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", help="run id or the start of one (default: the latest run)")
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="changes to the job, such as nodes=2")
-    _add_common(parser)
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--wait", action="store_true", help="stay, show progress, end with the run's own success"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object per run instead of text")
-
-
 def run(options: argparse.Namespace) -> int:
     console = Console(stderr=options.json)
     points = compose_points(options.words)

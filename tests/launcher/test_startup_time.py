@@ -16,11 +16,14 @@ from dataclasses import dataclass
 
 import pytest
 
+from launcher.__main__ import COMMANDS
 from launcher.paths import REPOSITORY
 from launcher.recipes import load_recipes
 
 HELP_SECONDS, MISTAKE_SECONDS = 0.4, 1.0
 WAIT_SECONDS = 10.0
+
+HEAVY = ("launcher.config", "launcher.commands.submit", "omegaconf", "rich", "yaml", "torch", "submitit")
 
 WITHOUT_TORCH = """
 import importlib.abc, sys
@@ -64,7 +67,7 @@ def start(words: tuple[str, ...], status: int) -> Start:
     ("words", "status", "bound"),
     [
         (("--help",), 0, HELP_SECONDS),
-        (("submit", "--help"), 0, HELP_SECONDS),
+        *(((command, "--help"), 0, HELP_SECONDS) for command in COMMANDS),
         (("submit", "recipe=ch4_fsdb"), 2, MISTAKE_SECONDS),
         (("submit", "recipe=ch4_fsdp", "args.stpes=3"), 2, MISTAKE_SECONDS),
         (("submit", "recipe=ch4_fsdp", "cluster=slurm", "gpus_per_node=16"), 2, MISTAKE_SECONDS),
@@ -76,6 +79,22 @@ def test_an_answer_is_there_within_its_bound(words: tuple[str, ...], status: int
     print(f"{' '.join(words)}: {quicker.processor_seconds:.2f} s, waited {quicker.waited_seconds:.2f} s")
     assert quicker.processor_seconds < bound
     assert quicker.waited_seconds < WAIT_SECONDS
+
+
+def test_help_imports_nothing_that_only_the_work_needs() -> None:
+    # What the bound above sees late on a quick machine: one import here is a third of it on a busy one.
+    code = f"""
+import sys
+from launcher.__main__ import main
+try:
+    main(["submit", "--help"])
+except SystemExit:
+    print(sorted(name for name in sys.modules if name in {HEAVY}), file=sys.stderr)
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert finished.stderr.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in load_recipes()])
