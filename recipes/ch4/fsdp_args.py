@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from recipes.lib.arguments import ArgumentError, TrainArgs, argument
+from recipes.lib.divisors import check_tensor_and_context
 from recipes.lib.model_sizes import SIZES
 
 
@@ -71,20 +71,8 @@ class FsdpArgs(TrainArgs):
         if self.float8 != "none" and self.sequence_length % 16:
             problem = f"wants sequence_length in multiples of 16, not {self.sequence_length}"
             raise ArgumentError("float8", self.float8, problem)
-        size, tensor, context = SIZES[self.model], self.tensor_parallel, self.context_parallel
-        for what, number in (
-            ("heads", size.heads),
-            ("key/value heads", size.kv_heads),
-            ("features", size.ffn_width),
-        ):
-            if number % tensor:
-                problem = f"wants a divisor of the {number} {what} of model={self.model}"
-                raise ArgumentError("tensor_parallel", tensor, problem)
-        # Where there are fewer key/value heads than ranks, several of them get the same ones.
-        if size.heads // tensor % math.lcm(size.kv_heads // tensor, context):
-            left = f"{size.heads // tensor} heads over {size.kv_heads // tensor} key/value heads"
-            problem = f"does not divide the {left} that a rank has of model={self.model}"
-            raise ArgumentError("context_parallel", context, problem)
+        tensor, context = self.tensor_parallel, self.context_parallel
+        check_tensor_and_context(self.model, tensor, context)
         if self.sequence_length % (tensor * context):
             key = "context_parallel" if self.sequence_length % context else "tensor_parallel"
             length = f"sequence_length={self.sequence_length}"

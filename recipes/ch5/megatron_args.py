@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from recipes.lib.arguments import ArgumentError, TrainArgs, argument
+from recipes.lib.divisors import check_tensor_and_context
 from recipes.lib.model_sizes import SIZES
 
 
@@ -47,21 +48,8 @@ class MegatronArgs(TrainArgs):
         """Refuse what would be ignored, and what the model's shape does not allow. Raises ArgumentError."""
         super().__post_init__()
         self._check_unsupported()
-        size, model = SIZES[self.model], f"model={self.model}"
         tensor, context = self.tensor_parallel, self.context_parallel
-        for what, number in (
-            ("heads", size.heads),
-            ("key/value heads", size.kv_heads),
-            ("features", size.ffn_width),
-        ):
-            if number % tensor:
-                problem = f"wants a divisor of the {number} {what} of {model}"
-                raise ArgumentError("tensor_parallel", tensor, problem)
-        heads, kv_heads = size.heads // tensor, size.kv_heads // tensor
-        if heads % math.lcm(kv_heads, context):
-            left = f"{heads} heads over {kv_heads} key/value heads"
-            problem = f"does not divide the {left} that a rank has of {model}"
-            raise ArgumentError("context_parallel", context, problem)
+        check_tensor_and_context(self.model, tensor, context)
         # Under context parallelism each rank has two pieces, an early and a late one.
         pieces = (2 * context if context > 1 else 1) * (tensor if self.sequence_parallel else 1)
         if self.sequence_length % pieces:
@@ -69,7 +57,7 @@ class MegatronArgs(TrainArgs):
             length = f"sequence_length={self.sequence_length}"
             problem = f"cuts a sequence into {pieces} pieces, which do not divide {length}"
             raise ArgumentError(key, getattr(self, key), problem)
-        self.check_layers(size.layers)
+        self.check_layers(SIZES[self.model].layers)
         self._check_experts()
 
     def _check_unsupported(self) -> None:
