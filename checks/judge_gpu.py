@@ -6,8 +6,8 @@ from checks.collect_pci import is_gpu
 from checks.expectations import Expectations
 from checks.facts import Gpu, Node
 from checks.findings import Finding, blind, fail, result, warn
-from checks.kernel_log import Xid, fatal_sxids, xids
-from checks.reading import Problem, Unread
+from checks.kernel_log import Xid, fallen, fatal_sxids, not_started, strange_xids, xids
+from checks.reading import Problem, Unread, shortened
 from checks.registry import check
 from checks.verdict import CheckResult, Verdict
 
@@ -199,7 +199,22 @@ def xid(node: Node, expected: Expectations) -> list[CheckResult]:
     log = node.host.kernel_log
     if isinstance(log, Unread):
         return result(name, [blind(log, "kernel log")], "", "no Xid")
-    findings = [_xid_finding(one, node) for one in xids(log)]
+    known = xids(log)
+    findings = [_xid_finding(one, node) for one in known]
+    gone = [
+        address
+        for address in fallen(log)
+        if not any(x.number == 79 and address.startswith(x.address) for x in known)
+    ]
+    findings += [
+        fail(f"GPU {address} has fallen off the bus", "reboot the node: leave it out") for address in gone
+    ]
+    findings += [
+        warn(f"the driver could not start GPU {address}", "is it there now? gpu.count and gpu.bus say")
+        for address in not_started(log)
+        if address not in gone
+    ]
+    findings += [blind(Unread(Problem.ERROR, shortened(line))) for line in strange_xids(log)]
     findings += [
         fail(f"{text} (fatal)", "restart fabric manager or reboot the node") for text in fatal_sxids(log)
     ]
@@ -211,7 +226,7 @@ def _xid_finding(one: Xid, node: Node) -> Finding:
     text = f"Xid {one.number} on {one.address}{times}"
     if one.action is None or one.action == "watch":
         return warn(text, "look at the application; a GPU that repeats it is suspect")
-    if one.action == "reset" and _driver_says_healthy(one, node):
+    if one.action == "reset" and (one.healed or _driver_says_healthy(one, node)):
         # The log keeps what a reset has healed long ago; the driver knows better where it has a verdict.
         return warn(f"{text}, and the driver asks for nothing any more", "watch it")
     what = {"reset": "reset that GPU", "reboot": "reboot the node", "isolate": "isolate the node"}[one.action]
@@ -227,7 +242,7 @@ def _driver_says_healthy(one: Xid, node: Node) -> bool:
 
 @check(
     "gpu.bus",
-    reads=["nvml nvmlDeviceGetPciInfo *", "start /sys/bus/pci/devices/*/config"],
+    reads=["nvml nvmlDeviceGetPciInfo *", "start /sys/bus/pci/devices/*/config", "run lspci -vvv"],
     source="NVML return codes 11, 14, 15, 16; configuration space of ones (pciutils shows rev ff)",
 )
 def bus(node: Node, expected: Expectations) -> list[CheckResult]:
@@ -240,6 +255,8 @@ def bus(node: Node, expected: Expectations) -> list[CheckResult]:
         fail(f"{one.address} reads as ones", "reboot the node") for one in devices if one.fallen is True
     ]
     findings += [blind(one.fallen, one.address) for one in devices if isinstance(one.fallen, Unread)]
+    if not isinstance(node.acs, Unread):
+        findings += [fail(f"{one} is shown as rev ff", "reboot the node") for one in node.acs.fallen]
     if isinstance(gpus, list):
         return result(name, findings, "", "every GPU answers") if findings and expected.gpus != 0 else gpus
     for gpu in gpus:
@@ -247,8 +264,6 @@ def bus(node: Node, expected: Expectations) -> list[CheckResult]:
             findings.append(fail(f"GPU {gpu.index}: {LOST[code]}", "reboot the node"))
         if not gpu.lost and isinstance(gpu.bus_id, Unread):
             findings.append(blind(gpu.bus_id, f"GPU {gpu.index}"))
-    if not isinstance(node.acs, Unread):
-        findings += [fail(f"{one} is shown as rev ff", "reboot the node") for one in node.acs.fallen]
     return result(name, findings, f"{len(gpus)} GPUs answer", "every GPU answers")
 
 

@@ -44,14 +44,15 @@ def _linked(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
     """Without those that have no NVLink to look at: cards of a kind without it, and one GPU alone in a machine.
 
     A virtual machine that was given one GPU of a node has no links to it: an H200 whose driver says so is as it should
-    be there (tests/checks/bundles/h200_x1.json). Beside another one it is not.
+    be there (tests/checks/bundles/h200_x1.json), and so is a GH200 alone, whose nvidia-smi calls all links inactive.
+    Beside another one it is not.
     """
 
     def has_none(gpu: Gpu) -> bool:
         unsupported = isinstance(gpu.nvlinks, Unread) and gpu.nvlinks.problem is Problem.UNSUPPORTED
         if expected_links(gpu) is None:
             return unsupported or gpu.nvlinks == ()
-        return unsupported and len(gpus) == 1
+        return len(gpus) == 1 and (unsupported or gpu.nvlinks == ())
 
     return tuple(gpu for gpu in gpus if not has_none(gpu))
 

@@ -7,7 +7,7 @@ the text says N/A, or that the functionality has been deprecated, NVML had answe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from checks.collect_gpu import (
@@ -61,12 +61,19 @@ REASONS = {
     "Display Clock Setting": 0x100,
 }
 FABRIC_STATES = {"not started": 1, "in progress": 2, "completed": 3}
-LINK = re.compile(r"\s+Link (\d+): (?:([\d.]+) GB/s|<?(\w+)>?)")
+LINK = re.compile(r"\s*Link (\d+): (?:([\d.]+) GB/s|<?(\w+)>?)")
+NO_LINK = "as all links are inActive"
+"""`NVML: Unable to retrieve NVLink information as all links are inActive`, in place of a GPU's links."""
+HEAD = re.compile(r"^GPU (\d+): (.*?) \(UUID: ([^)]*)\)$", re.MULTILINE)
 
 
 def looks_like(text: str) -> bool:
-    nvlink = re.search(r"^GPU \d+: .*\(UUID: ", text, re.MULTILINE) and LINK.search(text)
-    return QUERY in text or bool(nvlink) or "NVIDIA-SMI has failed" in text or "No devices were found" in text
+    return (
+        QUERY in text
+        or bool(HEAD.search(text))
+        or "NVIDIA-SMI has failed" in text
+        or "No devices were found" in text
+    )
 
 
 def records(text: str, part: str = "") -> dict[str, Record]:
@@ -168,30 +175,41 @@ def _of_gpu(found: dict[str, Record], index: int, address: str, body: str) -> No
 
 
 def _of_links(text: str, *, counted: bool) -> dict[str, Record]:
-    """NVLinks of `nvidia-smi nvlink -s`; names and count of the GPUs too, where no -q told them."""
+    """NVLinks of `nvidia-smi nvlink -s`; names and count of the GPUs too, where no -q told them.
+
+    A GPU beside others with links that shows none has lost them all. Where none shows any and nothing is said of links
+    (`nvidia-smi -L`, or cards without NVLink) there is no answer about links.
+    """
     found: dict[str, Record] = {}
-    heads = list(re.finditer(r"^GPU (\d+): (.*?) \(UUID: ([^)]*)\)$", text, re.MULTILINE))
-    blocks = {}
+    heads = list(HEAD.finditer(text))
+    blocks: dict[int, tuple[re.Match[str], list[re.Match[str]]]] = {}
+    told: dict[int, bool] = {}
     for head in heads:
         rest = text[head.end() :].lstrip("\n").splitlines()
-        rows = [match for row in rest[: next((n for n, row in enumerate(rest) if not LINK.match(row)), len(rest))]
-                if (match := LINK.match(row))]  # fmt: skip
-        if rows or head[1] not in blocks:
-            blocks[head[1]] = (head, rows)
-    with_links = {number: one for number, one in blocks.items() if one[1]}
-    for number, (head, rows) in with_links.items():
-        index = int(number)
+        end = next((n for n, row in enumerate(rest) if not LINK.match(row)), len(rest))
+        rows = [match for row in rest[:end] if (match := LINK.match(row))]
+        index = int(head[1])
+        told[index] = told.get(index, False) or (not rows and NO_LINK.lower() in "".join(rest[:1]).lower())
+        if rows or index not in blocks:
+            blocks[index] = (head, rows)
+    any_links = any(rows for _, rows in blocks.values()) or any(told.values())
+    for index, (head, rows) in blocks.items():
         if not counted:
             _put(found, {"value": head[2]}, "nvmlDeviceGetName", index)
             _put(found, {"value": head[3]}, "nvmlDeviceGetUUID", index)
-        found[key_of("nvml_field", [index, LINK_COUNT, 1])] = {"value": [{"value": len(rows)}]}
-        speeds = [_value(row[2], lambda gigabytes: int(float(gigabytes) * 1000)) for row in rows]
-        found[key_of("nvml_field", [index, LINK_SPEED, len(rows)])] = {"value": speeds}
-        for place, row in enumerate(rows):
-            _put(found, {"value": int(row[2] is not None)}, "nvmlDeviceGetNvLinkState", index, place)
-    if with_links and not counted:
-        _put(found, {"value": len(with_links)}, "nvmlDeviceGetCount")
+        if any_links:
+            _put_links(found, index, rows)
+    if blocks and not counted:
+        _put(found, {"value": len(blocks)}, "nvmlDeviceGetCount")
     return found
+
+
+def _put_links(found: dict[str, Record], index: int, rows: Sequence[re.Match[str]]) -> None:
+    found[key_of("nvml_field", [index, LINK_COUNT, 1])] = {"value": [{"value": len(rows)}]}
+    speeds = [_value(row[2], lambda gigabytes: int(float(gigabytes) * 1000)) for row in rows]
+    found[key_of("nvml_field", [index, LINK_SPEED, len(rows)])] = {"value": speeds}
+    for place, row in enumerate(rows):
+        _put(found, {"value": int(row[2] is not None)}, "nvmlDeviceGetNvLinkState", index, place)
 
 
 def _tree(text: str) -> Iterator[tuple[str, str]]:
