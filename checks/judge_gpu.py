@@ -190,6 +190,45 @@ def remap(node: Node, expected: Expectations) -> list[CheckResult]:
     return result(name, findings, f"none pending on {len(gpus)} GPUs", "none pending, none failed")
 
 
+@check(
+    "gpu.repair",
+    reads=[
+        "nvml nvmlDeviceGetSramEccErrorStatus *",
+        "nvml nvmlDeviceGetRepairStatus *",
+        "nvml nvmlDeviceGetUnrepairableMemoryFlag_v1 *",
+    ],
+    source="nvml.h: threshold of SRAM errors, repairs that wait for a reset, memory that cannot be repaired",
+)
+def repair(node: Node, expected: Expectations) -> list[CheckResult]:
+    """No GPU waits for a repair of its memory, or is beyond one, says its driver."""
+    name = "gpu.repair"
+    gpus = gpus_of(node, expected, name)
+    if isinstance(gpus, list):
+        return gpus
+    findings: list[Finding] = []
+    told = False
+    for gpu in gpus:
+        answers = (gpu.sram_threshold, gpu.repairs_pending, gpu.unrepairable)
+        for answer in answers:
+            if not isinstance(answer, Unread):
+                told = True
+            # A driver or a GPU that is older than the question, or a bundle.
+            elif answer.problem not in (Problem.UNSUPPORTED, Problem.NOT_RECORDED):
+                findings.append(blind(answer, f"GPU {gpu.index}"))
+        if gpu.sram_threshold == 1:
+            findings.append(fail(f"GPU {gpu.index}: more SRAM errors than NVIDIA allows", "replace the GPU"))
+        if isinstance(gpu.repairs_pending, tuple) and gpu.repairs_pending:
+            what = " and ".join(gpu.repairs_pending)
+            findings.append(fail(f"GPU {gpu.index}: a {what} repair is pending", "reset the GPU"))
+        if gpu.unrepairable == 1:
+            findings.append(fail(f"GPU {gpu.index}: memory that cannot be repaired", "replace the GPU"))
+    return (
+        result(name, findings, f"none pending on {len(gpus)} GPUs", "none pending")
+        if told or findings
+        else []
+    )
+
+
 @check("gpu.xid", reads=["run dmesg"], source="NVIDIA Xid errors (docs.nvidia.com/deploy/xid-errors)")
 def xid(node: Node, expected: Expectations) -> list[CheckResult]:
     """No Xid or fatal SXid in the kernel log that asks for more than a look."""

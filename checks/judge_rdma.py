@@ -91,6 +91,11 @@ def port_state(node: Node, expected: Expectations) -> list[CheckResult]:
     findings: list[Finding] = []
     others: list[Finding] = []
     up = 0
+    findings += [
+        blind(Unread(Problem.MISSING, "a device without ports"), device.name)
+        for device in found
+        if not device.ports
+    ]
     for port in ports:
         is_rail = _is_named(node, port)
         where = f"{port.device}:{port.port}"
@@ -186,11 +191,12 @@ def counters(node: Node, expected: Expectations) -> list[CheckResult]:
         for one in port.counters
         for finding in _growth(one, f"{port.device}:{port.port}")
     ]
-    findings += [
-        blind(Unread(Problem.MISSING, "no counters"), f"{port.device}:{port.port}")
-        for port in ports
-        if not port.counters
-    ]
+    for port in ports:
+        names = {one.name for one in port.counters}
+        # EFA has no counters/, nor have some Ethernet drivers; every InfiniBand port has (its standard demands them).
+        without = port.link_layer == "InfiniBand" and not names & {"counters", "link_downed"}
+        if without or not names:
+            findings.append(blind(Unread(Problem.MISSING, "no counters"), f"{port.device}:{port.port}"))
     seconds = max((one.seconds for port in ports for one in port.counters), default=0.0)
     return result(name, findings, f"no growth in {seconds:.1f} s on {len(ports)} ports", "no growth")
 

@@ -44,7 +44,7 @@ SXID = re.compile(r"SXid \(PCI:([0-9a-fA-F:.]+)\): (\d+),? ?(.*)")
 """`nvidia-nvswitch3: SXid (PCI:0000:85:00.0): 20034, Fatal, Link 30 …` (linux_nvswitch.c)."""
 
 LIMITED = re.compile(
-    r"\S+ ([0-9a-f:]+\.[0-7]):? ?(?:\S* )?[\d.]+ Gb/s available PCIe bandwidth, limited by (.*)"
+    r"(\S+) ([0-9a-f:]+\.[0-7]):? ?(?:\S* )?[\d.]+ Gb/s available PCIe bandwidth, limited by (.*)"
 )
 """drivers/pci/pci.c, __pcie_print_link_status."""
 
@@ -144,12 +144,12 @@ def fatal_sxids(log: str) -> list[str]:
     ]
 
 
-def limited_links(log: str) -> list[str]:
-    """Adapters that got less PCIe bandwidth than they could use: `0000:1a:00.0: 126.024 Gb/s … limited by …`."""
+def limited_links(log: str, *drivers: str) -> list[str]:
+    """Devices (of these drivers) that got less PCIe bandwidth than they could use: `0000:1a:00.0: limited by …`."""
     return [
-        f"{match[1]}: limited by {match[2].strip()}"
+        f"{match[2]}: limited by {match[3].strip()}"
         for line in log.splitlines()
-        if (match := LIMITED.search(line))
+        if (match := LIMITED.search(line)) and (not drivers or match[1] in drivers)
     ]
 
 

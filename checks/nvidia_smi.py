@@ -48,6 +48,9 @@ ACTIONS = {
     "node reboot": 2,
     "drain p2p": 3,
     "drain and reset": 4,
+    "recover imex domain": 5,
+    "bus reset": 6,
+    "system reboot": 7,
 }
 REASONS = {
     "Idle": 0x1,
@@ -62,6 +65,35 @@ REASONS = {
 }
 FABRIC_STATES = {"not started": 1, "in progress": 2, "completed": 3}
 LINK = re.compile(r"\s*Link (\d+): (?:([\d.]+) GB/s|<?(\w+)>?)")
+_TRUTH = {"true": 1, "false": 2}
+FABRIC_HEALTH = {
+    "Summary": (-1, {"healthy": 1, "unhealthy": 2, "limited capacity": 3}),
+    "Bandwidth": (0, {"degraded": 1, "full": 2}),
+    "Route Recovery in progress": (2, _TRUTH),
+    "Route Unhealthy": (4, _TRUTH),
+    "Access Timeout Recovery": (6, _TRUTH),
+    "Incorrect Configuration": (
+        8,
+        {
+            "none": 1,
+            "incorrect systemguid": 2,
+            "incorrect chassis serial number": 3,
+            "no partition": 4,
+            "insufficient nvlink resources": 5,
+            "incompatible gpu firmware": 6,
+            "invalid location": 7,
+            "gpu state invalid": 8,
+        },
+    ),
+}
+"""Names under `Fabric`, `Health` with their words (nvidia-smi(1)), and the shift of each in nvml.h's
+NVML_GPU_FABRIC_HEALTH_MASK_*; the summary has a member of its own."""
+FAILED = re.compile(
+    r"NVIDIA-SMI has failed.*|^Failed to initialize NVML: .*|^Unable to determine the device handle for .*",
+    re.MULTILINE | re.IGNORECASE,
+)
+"""What it prints in place of an answer, the last of a GPU that does not answer:
+`Unable to determine the device handle for GPU0000:CB:00.0: Unknown Error`, or `: GPU is lost.  Reboot the system …`."""
 NO_LINK = "as all links are inActive"
 """`NVML: Unable to retrieve NVLink information as all links are inActive`, in place of a GPU's links."""
 HEAD = re.compile(r"^GPU (\d+): (.*?) \(UUID: ([^)]*)\)$", re.MULTILINE)
@@ -71,7 +103,7 @@ def looks_like(text: str) -> bool:
     return (
         QUERY in text
         or bool(HEAD.search(text))
-        or "NVIDIA-SMI has failed" in text
+        or bool(FAILED.search(text))
         or "No devices were found" in text
     )
 
@@ -89,9 +121,32 @@ def records(text: str, part: str = "") -> dict[str, Record]:
         _put(
             found, {"problem": "missing", "detail": "NVIDIA-SMI has failed: no driver"}, "nvmlDeviceGetCount"
         )
+    elif failed := FAILED.search(text):
+        _put(found, {"problem": "error", "detail": failed[0].strip()}, "nvmlDeviceGetCount")
     if QUERY in text:
         found |= _of_query(_part(text, part))
-    return found | _of_links(text, counted="nvml nvmlDeviceGetCount" in found)
+    found |= _of_links(text, counted=QUERY in text)
+    return found | _of_absent(found, FAILED.search(text))
+
+
+def _of_absent(found: Mapping[str, Record], failed: re.Match[str] | None) -> dict[str, Record]:
+    """GPUs of which nothing is told: those that are counted beyond, and the one of which nvidia-smi says so."""
+    count = found.get("nvml nvmlDeviceGetCount", {}).get("value")
+    if not isinstance(count, int):
+        return {}
+    silent = [index for index in range(count) if key_of("nvml", ["nvmlDeviceGetName", index]) not in found]
+    absent: dict[str, Record] = {}
+    if failed and not silent:
+        silent = [count]
+        _put(absent, {"value": count + 1}, "nvmlDeviceGetCount")
+    why = failed[0].strip() if failed else f"nvidia-smi counts {count} GPUs, and tells nothing of this one"
+    told = ["nvmlDeviceGetName"]
+    if key_of("nvml", ["nvmlDeviceGetPciInfo", 0]) in found:
+        told.append("nvmlDeviceGetPciInfo")
+    for index in silent:
+        for function in told:
+            _put(absent, {"problem": "error", "detail": why}, function, index)
+    return absent
 
 
 def _part(text: str, part: str) -> str:
@@ -110,6 +165,8 @@ def _of_query(text: str) -> dict[str, Record]:
     found: dict[str, Record] = {}
     head, *bodies = re.split(r"^GPU ([0-9A-Fa-f:.]+)\n", text, flags=re.MULTILINE)
     top = dict(_tree(head))
+    if "Attached GPUs" not in top and not bodies:
+        raise ValueError("nvidia-smi -q without a GPU in it: cut off, or another tool's")
     _put(found, _value(top.get("Attached GPUs"), int), "nvmlDeviceGetCount")
     _put(found, _value(top.get("Driver Version"), str), "nvmlSystemGetDriverVersion")
     _put(found, _value(top.get("CUDA Version"), _cuda), "nvmlSystemGetCudaDriverVersion")
@@ -161,6 +218,11 @@ def _of_gpu(found: dict[str, Record], index: int, address: str, body: str) -> No
         _value(tree["Remapped Rows"], int) if "Remapped Rows" in tree else _list(*rows),
         "nvmlDeviceGetRemappedRows",
     )
+    exceeded = take(f"{ecc}/Aggregate/SRAM Threshold Exceeded", _yes)
+    put(_members(bThresholdExceeded=exceeded), "nvmlDeviceGetSramEccErrorStatus")
+    repairs = [take(f"{ecc}/{name} Repair Pending", _yes) for name in ("Channel", "TPC")]
+    put(_list(*repairs), "nvmlDeviceGetRepairStatus")
+    put(take(f"{ecc}/Unrepairable Memory", _yes), "nvmlDeviceGetUnrepairableMemoryFlag_v1")
     put(_reasons(tree), "nvmlDeviceGetCurrentClocksEventReasons")
     put(take("Temperature/GPU Current Temp", _first), "nvmlDeviceGetTemperature", 0)
     put(take("Temperature/GPU Slowdown Temp", _first), "nvmlDeviceGetTemperatureThreshold", SLOWDOWN)
@@ -200,7 +262,8 @@ def _of_links(text: str, *, counted: bool) -> dict[str, Record]:
         if any_links:
             _put_links(found, index, rows)
     if blocks and not counted:
-        _put(found, {"value": len(blocks)}, "nvmlDeviceGetCount")
+        # They are numbered from 0 on; one that is left out in between is there and does not answer.
+        _put(found, {"value": max(blocks) + 1}, "nvmlDeviceGetCount")
     return found
 
 
@@ -313,6 +376,18 @@ def _fabric(tree: Mapping[str, str]) -> Record:
     cluster = tree.get("Fabric/ClusterUUID", "").replace("-", "")
     clique = tree.get("Fabric/CliqueId", "0")
     status = tree.get("Fabric/Status", "")
+    if status == "N/A" and state.lower() == "completed":
+        return {"problem": "error", "detail": "fabric completed, and its status N/A"}
+    health = {
+        name: _value(tree.get(f"Fabric/Health/{name}", "N/A").lower(), words.__getitem__)
+        for name, (_, words) in FABRIC_HEALTH.items()
+    }
+    strange = next((one for one in health.values() if one.get("problem") == "error"), None)
+    if strange:
+        return {**strange, "detail": f"health of the fabric: {strange['detail']}"}
+    bits = sum(
+        health[name].get("value", 0) << shift for name, (shift, _) in FABRIC_HEALTH.items() if shift >= 0
+    )
     return {
         "value": {
             "state": FABRIC_STATES[state.lower()],
@@ -320,6 +395,8 @@ def _fabric(tree: Mapping[str, str]) -> Record:
             "status": 0 if status in ("Success", "N/A") else 999,
             "cliqueId": int(clique) if clique.isdigit() else 0,
             "clusterUuid": list(bytes.fromhex(cluster)) if re.fullmatch(r"[0-9a-fA-F]{32}", cluster) else [],
+            "healthMask": bits,
+            "healthSummary": health["Summary"].get("value", 0),
         }
     }
 

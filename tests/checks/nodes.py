@@ -100,6 +100,9 @@ def _gpus() -> dict[str, Record]:
             ("nvmlDeviceGetMemoryErrorCounter", index, 0, 1, 7): 0,
             ("nvmlDeviceGetMemoryErrorCounter", index, 0, 1, 2): 0,
             ("nvmlDeviceGetRemappedRows", index): [0, 0, 0, 0],
+            ("nvmlDeviceGetSramEccErrorStatus", index): {"aggregateCor": 0, "bThresholdExceeded": 0},
+            ("nvmlDeviceGetRepairStatus", index): [0, 0],
+            ("nvmlDeviceGetUnrepairableMemoryFlag_v1", index): 0,
             ("nvmlDeviceGetCurrentClocksEventReasons", index): IDLE,
             ("nvmlDeviceGetTemperature", index, 0): 41,
             ("nvmlDeviceGetMarginTemperature", index): 46,
@@ -110,6 +113,7 @@ def _gpus() -> dict[str, Record]:
             ("nvmlDeviceGetComputeRunningProcesses", index): [],
             ("nvmlDeviceGetGpuFabricInfoV", index): {
                 "state": 3, "status": 0, "cliqueId": 0, "clusterUuid": [0] * 16, "healthMask": 0,
+                "healthSummary": 0,
             },
         }  # fmt: skip
         answers |= {("nvmlDeviceGetNvLinkState", index, link): 1 for link in range(18)}

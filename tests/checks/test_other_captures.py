@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from checks import passive
+from checks.__main__ import main
 from checks.bundle import BundleError
+from checks.collect_network import PORT_COUNTERS
 from checks.expectations import Expectations
 from checks.verdict import CheckResult, Verdict
 
@@ -203,3 +206,150 @@ def test_links_that_nobody_has_or_tells_of_are_not_missed(
 def test_links_that_all_gpus_of_a_node_have_lost_are_missed(tmp_path: Path) -> None:
     results = judged(tmp_path, "".join(gpu(index, "NVIDIA H100 80GB HBM3", LOST) for index in range(8)))
     assert results["nvlink.links"].verdict is FAIL
+
+
+# nvidia-smi -q of driver 590 (as in nvidia_gpu_exporter's captures), with the words of nvidia-smi(1) for the health.
+QUERY = """
+==============NVSMI LOG==============
+
+Driver Version                            : 590.48.01
+
+Attached GPUs                             : 1
+GPU 00000000:9B:00.0
+    Product Name                          : NVIDIA GB200
+    Product Architecture                  : Blackwell
+    GPU Recovery Action                   : None
+    Clocks Event Reasons
+        Idle                              : Active
+        HW Slowdown                       : Not Active
+    ECC Mode
+        Current                           : Enabled
+        Pending                           : Enabled
+    ECC Errors
+        Aggregate
+            SRAM Threshold Exceeded       : No
+        Channel Repair Pending            : No
+        TPC Repair Pending                : No
+        Unrepairable Memory               : No
+    Fabric
+        State                             : Completed
+        Status                            : Success
+        CliqueId                          : 32766
+        ClusterUUID                       : b2daed23-0000-0000-0000-000000000000
+        Health
+            Summary                       : Healthy
+            Bandwidth                     : Full
+            Route Recovery in progress    : False
+            Route Unhealthy               : False
+            Access Timeout Recovery       : False
+            Incorrect Configuration       : None
+    Processes                             : None
+"""
+
+
+def test_a_healthy_gpu_of_a_rack_passes(tmp_path: Path) -> None:
+    results = judged(tmp_path, QUERY)
+    assert {one.verdict for one in results.values()} == {PASS}
+    assert {"gpu.repair", "gpu.throttle", "gpu.recovery", "nvlink.fabric"} <= results.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "check", "verdict", "says"),
+    [
+        ("SRAM Threshold Exceeded", "Yes", "gpu.repair", FAIL, "more SRAM errors"),
+        ("Channel Repair Pending", "Yes", "gpu.repair", FAIL, "channel repair"),
+        ("TPC Repair Pending", "Yes", "gpu.repair", FAIL, "TPC repair"),
+        ("Unrepairable Memory", "Yes", "gpu.repair", FAIL, "cannot be repaired"),
+        ("Unrepairable Memory", "Unknown Error", "gpu.repair", UNKNOWN, "Unknown Error"),
+        ("GPU Recovery Action", "Bus Reset", "gpu.recovery", FAIL, "bus reset"),
+        ("GPU Recovery Action", "Something New", "gpu.recovery", UNKNOWN, "Something New"),
+        ("HW Slowdown", "[N/A]", "gpu.throttle", UNKNOWN, "[N/A]"),
+        ("Status", "N/A", "nvlink.fabric", UNKNOWN, "status N/A"),
+        ("Summary", "Unhealthy", "nvlink.fabric", FAIL, "health is unhealthy"),
+        ("Summary", "Limited Capacity", "nvlink.fabric", FAIL, "limited capacity"),
+        ("Bandwidth", "Degraded", "nvlink.fabric", FAIL, "degraded bandwidth"),
+        ("Route Recovery in progress", "True", "nvlink.fabric", FAIL, "route recovery"),
+        ("Route Unhealthy", "True", "nvlink.fabric", FAIL, "route unhealthy"),
+        ("Access Timeout Recovery", "True", "nvlink.fabric", FAIL, "access timeout"),
+        ("Incorrect Configuration", "Insufficient Nvlink Resources", "nvlink.fabric", FAIL, "configuration"),
+        ("Incorrect Configuration", "Something New", "nvlink.fabric", UNKNOWN, "something new"),
+        ("Attached GPUs", "8", "gpu.count", UNKNOWN, "counts 8 GPUs, and tells nothing of this one"),
+    ],
+)
+def test_one_value_of_the_query_changes_the_verdict(
+    tmp_path: Path, name: str, value: str, check: str, verdict: Verdict, says: str
+) -> None:
+    rows = [
+        f"{row.partition(':')[0]}: {value}" if row.strip().startswith(name + " ") else row
+        for row in QUERY.splitlines()
+    ]
+    result = judged(tmp_path, "\n".join(rows) + "\n")[check]
+    assert (result.verdict, says in result.read) == (verdict, True), result
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        # What nvidia-smi prints in place of an answer: leptonai/gpud, pkg/nvidia/errors; NVIDIA's own messages.
+        ("Unable to determine the device handle for GPU0000:CB:00.0: Unknown Error\n", "GPU0000:CB:00.0"),
+        ("Unable to determine the device handle for gpu 0000:3B:00.0: GPU is lost.  Reboot the system to recover "
+         "this GPU\n", "GPU is lost"),
+        ("Failed to initialize NVML: Driver/library version mismatch\n", "version mismatch"),
+        (gpu(0, "NVIDIA A100-SXM4-80GB", UP) + "Unable to determine the device handle for GPU0000:CB:00.0: Unknown "
+         "Error\n", "GPU0000:CB:00.0"),
+        (gpu(0, "NVIDIA A100-SXM4-80GB", UP) + gpu(2, "NVIDIA A100-SXM4-80GB", UP), "tells nothing of this one"),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_does_not_answer_nvidia_smi_is_not_passed_over(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    result = judged(tmp_path, text)["gpu.count"]
+    assert (result.verdict, says in result.read) == (UNKNOWN, True), result
+
+
+def test_a_query_without_a_gpu_is_no_capture(tmp_path: Path) -> None:
+    (tmp_path / "capture").write_text(QUERY.partition("Attached")[0])
+    with pytest.raises(BundleError, match="without a GPU in it"):
+        passive.opened([tmp_path / "capture"], "")
+
+
+def test_a_capture_in_which_nothing_can_be_judged_is_no_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "capture").write_text(QUERY.replace(" : ", " = "))
+    assert main(["judge", str(tmp_path / "capture")]) == 64
+    assert "a check could judge" in capsys.readouterr().err
+
+
+def test_a_slot_that_is_too_slow_is_seen_in_a_log_alone(tmp_path: Path) -> None:
+    """drivers/pci/pci.c, __pcie_print_link_status; of a disk's slot nobody asked."""
+    limited = "63.008 Gb/s available PCIe bandwidth, limited by 8.0 GT/s PCIe x8 link at 0000:40:01.0"
+    log = f"[ 2.6] nvme 0000:01:00.0: {limited}\n[ 2.6] mlx5_core 0000:41:00.1: {limited}\n"
+    result = judged(tmp_path, log)["pcie.bandwidth"]
+    assert result.verdict is WARN
+    assert "0000:41:00.1: limited by 8.0 GT/s" in result.read
+    assert "0000:01:00.0" not in result.read
+
+
+# --- sysfs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gone", "check"), [("counters", "rdma.counters"), ("../1", "rdma.port")])
+def test_an_infiniband_port_without_counters_and_a_device_without_ports_are_unknown(
+    tmp_path: Path, gone: str, check: str
+) -> None:
+    """drivers/infiniband/core/sysfs.c: counters/ and hw_counters/ of each port, under ports/NUMBER."""
+    for device in ("mlx5_0", "mlx5_1"):
+        port = tmp_path / device / "ports" / "1"
+        for folder in ("counters", "hw_counters"):
+            (port / folder).mkdir(parents=True)
+        for name in PORT_COUNTERS:
+            (port / "counters" / name).write_text("0\n")
+        for name, text in (("state", "4: ACTIVE"), ("phys_state", "5: LinkUp"), ("rate", "400 Gb/sec (4X NDR)"),
+                           ("link_layer", "InfiniBand"), ("hw_counters/rnr_nak_retry_err", "0")):  # fmt: skip
+            (port / name).write_text(text + "\n")
+    shutil.rmtree(tmp_path / "mlx5_1" / "ports" / "1" / gone)
+    bundle, _ = passive.opened([tmp_path], "")
+    results = {one.check: one for one in passive.look_at(bundle, Expectations(), (), part=True).results}
+    assert (results[check].verdict, "mlx5_1" in results[check].read) == (UNKNOWN, True), results[check]
+    assert "mlx5_0" not in results[check].read
