@@ -1,4 +1,4 @@
-"""GPUs: all there, reachable, healthy in memory, not throttled, not in use by somebody else. Pure."""
+"""GPUs: all there, reachable, healthy in memory, not throttled. Pure."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ SRAM_CORRECTED_LIMIT = 10_000
 DRAM_CORRECTED_LIMIT = 20_000_000
 REMAPPED_LIMIT = 512
 MARGIN_WARN, HOT_WARN, MEMORY_HOT_WARN = 5, 85, 95
-IDLE_MEMORY, IDLE_MIG_MEMORY = 15 << 20, 256 << 20
 
 
 def without_gpus(node: Node, expected: Expectations) -> bool:
@@ -365,71 +364,6 @@ def temperature(node: Node, expected: Expectations) -> list[CheckResult]:
             findings.append(warn(f"GPU {gpu.index}: memory at {memory} C", "cooling"))
     hottest = max((gpu.temperature for gpu in gpus if isinstance(gpu.temperature, int)), default=0)
     return result(name, findings, f"at most {hottest} C", f"over {MARGIN_WARN} C below the limit")
-
-
-@check(
-    "gpu.processes",
-    reads=["nvml nvmlDeviceGetComputeRunningProcesses *"],
-    source="a GPU that was given to this job is idle before it starts",
-)
-def processes(node: Node, expected: Expectations) -> list[CheckResult]:
-    """Nobody else computes on the job's GPUs: no process left by an earlier job."""
-    name = "gpu.processes"
-    if not expected.exclusive:
-        return []
-    gpus = gpus_of(node, expected, name)
-    if isinstance(gpus, list):
-        return gpus
-    findings = []
-    for gpu in job_gpus(node, gpus):
-        if isinstance(gpu.processes, Unread):
-            findings.append(blind(gpu.processes, f"GPU {gpu.index}"))
-            continue
-        # NVML lists pids for a while after their end; those /proc does not know are dead or hidden (see gpu.memory).
-        for process in gpu.processes:
-            if process.alive is not False:
-                title = "" if isinstance(process.name, Unread) else f" ({process.name})"
-                findings.append(
-                    fail(f"GPU {gpu.index}: process {process.pid}{title}", "end it, or say --shared")
-                )
-    return result(name, findings, "none", "no process")
-
-
-@check(
-    "gpu.memory",
-    reads=["nvml nvmlDeviceGetMemoryInfo *"],
-    source="more than 15 MiB on an idle GPU: facebookresearch/gcm",
-)
-def memory(node: Node, expected: Expectations) -> list[CheckResult]:
-    """The job's GPUs are empty."""
-    name = "gpu.memory"
-    if not expected.exclusive:
-        return []
-    gpus = gpus_of(node, expected, name)
-    if isinstance(gpus, list):
-        return gpus
-    findings = []
-    for gpu in job_gpus(node, gpus):
-        # The instances of a GPU in MIG mode hold some memory each before anybody uses them: 59 MiB in a capture.
-        idle = IDLE_MIG_MEMORY if gpu.mig == 1 else IDLE_MEMORY
-        if isinstance(gpu.memory_used, Unread):
-            findings.append(blind(gpu.memory_used, f"GPU {gpu.index}"))
-        elif gpu.memory_used > idle:
-            used = f"GPU {gpu.index}: {gpu.memory_used >> 20} MiB in use"
-            findings.append(fail(used, "an earlier job's process holds it, or say --shared"))
-    return result(
-        name, findings, f"at most {IDLE_MEMORY >> 20} MiB in use", f"≤ {IDLE_MEMORY >> 20} MiB in use"
-    )
-
-
-def job_gpus(node: Node, gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
-    """Those in CUDA_VISIBLE_DEVICES, where the job sets it by number or UUID."""
-    environment = {} if isinstance(node.environment, Unread) else node.environment
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return gpus
-    names = {word.strip() for word in visible.split(",")}
-    return tuple(gpu for gpu in gpus if str(gpu.index) in names or gpu.uuid in names) or gpus
 
 
 def _has_no_ecc(gpu: Gpu) -> bool:

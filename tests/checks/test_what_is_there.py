@@ -191,12 +191,6 @@ def test_a_long_list_of_bridges_is_cut_and_says_so() -> None:
     assert judged(many, Expectations(gpus=2))["pcie.acs"].read.endswith("and 4 more")
 
 
-def test_jobs_that_share_a_node_do_not_mind_each_other() -> None:
-    busy = {key_of("nvml", ["nvmlDeviceGetMemoryInfo", 1]): value({"total": 1 << 36, "used": 1 << 30})}
-    assert judged(busy, Expectations(gpus=2))["gpu.memory"].verdict is Verdict.FAIL
-    assert "gpu.memory" not in judged(busy, Expectations(gpus=2, exclusive=False))
-
-
 def test_what_mig_mode_holds_and_hides_is_no_failure() -> None:
     changes = {key_of("nvml", ["nvmlDeviceGetMemoryInfo", 1]): value({"total": 1 << 36, "used": 59 << 20})}
     changes |= {key_of("nvml", ["nvmlDeviceGetRemappedRows", 1]): problem("unsupported")}
