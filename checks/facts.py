@@ -225,6 +225,8 @@ class Rdma:
     dmabuf: bool | Unread
     libfabric: Reading
     """What `fi_info -p efa` printed."""
+    libfabric_tool: str = ""
+    """The fi_info that said so."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from checks.collect_network import EFA_PROVIDER
 from checks.collect_pci import is_for_rdma, is_gpu
 from checks.expectations import Expectations
 from checks.facts import Counter, Node, RdmaDevice, RdmaPort
@@ -270,7 +271,7 @@ def verbs(node: Node, expected: Expectations) -> list[CheckResult]:
 # --- EFA --------------------------------------------------------------------------------------------------
 
 
-@check("efa.libfabric", reads=["run fi_info -p efa"], source="fi_info(1): `provider: efa`, `fabric: efa`")
+@check("efa.libfabric", reads=["run *fi_info -p efa"], source="fi_info(1): `provider: efa`, `fabric: efa`")
 def libfabric(node: Node, expected: Expectations) -> list[CheckResult]:
     """libfabric finds the EFA devices, which NCCL reaches through it alone."""
     name = "efa.libfabric"
@@ -280,12 +281,19 @@ def libfabric(node: Node, expected: Expectations) -> list[CheckResult]:
         return []
     said = node.rdma.libfabric
     if isinstance(said, Unread):
-        return result(name, [blind(said, "fi_info -p efa")], "", "provider: efa")
+        return result(
+            name,
+            [blind(said, "fi_info -p efa, on PATH and at the EFA installer's place")],
+            "",
+            "provider: efa",
+        )
     domains = set(re.findall(r"^\s*domain:\s*(\S+)", said, re.MULTILINE))
     findings = []
-    if not re.search(r"^provider:\s*efa", said, re.MULTILINE):
-        findings.append(fail("fi_info names no provider efa", "install the EFA software into the container"))
-    return result(name, findings, f"{len(domains)} domains", "provider: efa")
+    tool = node.rdma.libfabric_tool
+    if not EFA_PROVIDER.search(said):
+        remedy = "install the EFA software into the container"
+        findings.append(fail(f"{tool} names no provider efa", remedy))
+    return result(name, findings, f"{len(domains)} domains, says {tool}", "provider: efa")
 
 
 # --- GPUDirect RDMA ---------------------------------------------------------------------------------------

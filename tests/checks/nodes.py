@@ -180,6 +180,7 @@ def _rdma(fabric: str) -> dict[str, Record]:
         ),
         "read /proc/driver/nvidia/version": value(OPEN_MODULE),
         "run fi_info -p efa": value(FI_INFO),
+        "run /opt/amazon/efa/bin/fi_info -p efa": problem("missing"),
         "list /sys/class/net": value(["eth0", "lo"]),
         # net/ipv4/fib_trie.c, fib_route_seq_show.
         "read /proc/net/route": value(
