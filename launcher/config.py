@@ -312,7 +312,7 @@ def _check_names(names: Sequence[str]) -> None:
     """Raise UserError for a check that does not exist: on a node it would cost a start."""
     if not names:
         return
-    from checks.catalog import UnknownCheck, named  # 45 checks, which most commands have no use for
+    from checks.catalog import UnknownCheck, named  # many checks, which most commands have no use for
 
     try:
         named(names, None)
