@@ -95,6 +95,11 @@ def test_a_blame_of_the_node_alone_is_not_taken_for_the_links() -> None:
     assert found.suspects == ("n1",)
 
 
+def test_a_pair_that_passes_now_does_not_make_a_link_the_nodes_own_fault() -> None:
+    found = judged(LINK, Blame("once", ("n1", "n3"), "slow at first"))
+    assert (found.findings, found.suspects) == ((), ("n2",))
+
+
 def test_a_rails_link_is_a_link_too() -> None:
     rail = dataclasses.replace(LINK, rails=("mlx5_3",))
     found = outcome(rail, check="net.rails")
