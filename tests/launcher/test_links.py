@@ -35,13 +35,8 @@ def reports(
     found = []
     for node in nodes:
         own = [blame for blame in blames if node in blame.nodes]
-        worst = (
-            Verdict.WARN
-            if any(one.kind == "once" for one in own)
-            else Verdict.UNKNOWN
-            if own
-            else Verdict.PASS
-        )
+        kinds = {one.kind for one in own}
+        worst = Verdict.UNKNOWN if kinds - {"once"} else Verdict.WARN if kinds else Verdict.PASS
         results = [CheckResult(check, worst, "; ".join(one.why for one in own), "every pair passes", "")]
         if node in (more or {}):
             results.append(CheckResult((more or {})[node], Verdict.FAIL, "1", "2", ""))
