@@ -30,7 +30,7 @@ HARDWARE_COUNTERS = (
 """Files of `hw_counters/`: the first three mlx5's (drivers/infiniband/hw/mlx5/counters.c), the last two EFA's."""
 FI_INFO = ("fi_info", "/opt/amazon/efa/bin/fi_info")
 """On PATH, and where the EFA installer puts libfabric and its tools, which only a login shell's profile has on PATH
-(docs.aws.amazon.com/AWSEC2/latest/UserGuide/efa-start.html: `/opt/amazon/efa/bin`)."""
+(docs.aws.amazon.com/AWSEC2/latest/UserGuide/efa-start.html)."""
 EFA_PROVIDER = re.compile(r"^provider:\s*efa", re.MULTILINE)
 WATCHED_SECONDS = 1.0
 MOST_GIDS = 32
