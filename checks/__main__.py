@@ -246,6 +246,8 @@ def _judge(words: Sequence[str]) -> int:
         return _judge_many(options)
     bundle, captured = passive.opened(options.files, options.part)
     looked = passive.look_at(bundle, expectations(options, bundle.expected), options.check, part=captured)
+    if not looked.results and captured:
+        raise bundles.BundleError(f"{options.files[0]}: there is nothing in it that a check could judge")
     if options.save:
         bundles.write(bundle, options.save)
     if options.json:

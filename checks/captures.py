@@ -22,11 +22,24 @@ from checks.lspci import KEPT_LINES as LSPCI_LINES
 from checks.reading import Problem, Reading, Unread
 
 KERNEL_LINE = re.compile(
-    r"^(?:<\d+>)?\[[^\]]{4,}\] "  # dmesg, dmesg -T
+    # dmesg, dmesg -d, dmesg -T, dmesg -e (util-linux, sys-utils/dmesg.c, print_record). A log of fabric manager has
+    # [Feb 25 2025 13:59:45] there, and nothing of the kernel in it.
+    r"^(?:<\d+>)?\[(?: *[<+]? *\d+\.\d+(?: <[ \d.]+)?>?"
+    r"|[A-Z][a-z]{2} [A-Z][a-z]{2} +\d+ [\d:]+ \d{4}|[A-Z][a-z]{2} *\d+ [\d:]+)\]"
+    r"|^\d{4}-\d\d-\d\dT[\d:]+,\d+[+-][\d:]+ "  # dmesg --time-format=iso
     r"|^[a-z]+ *:[a-z]+ *: "  # dmesg --decode
     r"|^\d+,\d+,\d+,\S*;"  # /dev/kmsg (Documentation/ABI/testing/dev-kmsg)
-    r"|\bkernel: |^NVRM: "  # syslog, journalctl
+    r"|\bkernel: |^\s*NVRM: "  # syslog, journalctl
 )
+
+
+SYSLOG_LINE = re.compile(
+    r"^(?:[A-Z][a-z]{2} [ \d]\d [\d:]{8}|\d{4}-\d\d-\d\dT\S+) \S+ [\w()@./-]+(?:\[\d+\])?: "
+)
+"""/var/log/messages and journalctl (RFC 3164, journalctl -o short-iso), where the kernel's lines are some of many."""
+
+TERMINAL = re.compile(r"\x1b\[[\d;]*m")
+"""Colours, as `dmesg --color=always` prints them between `NVRM:` and what follows."""
 
 
 def imported(paths: Sequence[Path], *, part: str = "") -> Bundle:
@@ -46,6 +59,7 @@ def _of(path: Path, part: str) -> dict[str, Record]:
         text = path.read_bytes().decode(errors="surrogateescape")
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from None
+    text = TERMINAL.sub("", text.removeprefix("\ufeff").replace("\r\n", "\n"))
     if nvidia_smi.looks_like(text):
         try:
             return nvidia_smi.records(text, part)
@@ -54,12 +68,20 @@ def _of(path: Path, part: str) -> dict[str, Record]:
     rows = [row for row in text.splitlines() if row.strip()][:400]
     if rows and DEVICE.match(rows[0]):
         return {"run lspci -vvv": closed(matching_lines(text, LSPCI_LINES))}
-    if rows and sum(bool(KERNEL_LINE.search(row)) for row in rows) * 2 >= len(rows):
+    if _is_kernel_log(text):
         return {"run dmesg": closed(matching_lines(text, KERNEL_LINES))}
     raise BundleError(
         f"{path}: not a capture that is known: a bundle, a folder of sysfs, or the output of "
         "lspci -vvv, dmesg, nvidia-smi -q or nvidia-smi nvlink -s"
     )
+
+
+def _is_kernel_log(text: str) -> bool:
+    """Half of its first lines are of a log, and somewhere the kernel has written."""
+    rows = [row for row in text.splitlines() if row.strip()]
+    first = rows[:400]
+    known = sum(bool(KERNEL_LINE.search(row) or SYSLOG_LINE.match(row)) for row in first)
+    return bool(first) and known * 2 >= len(first) and any(KERNEL_LINE.search(row) for row in rows)
 
 
 def _of_folder(path: Path) -> dict[str, Record]:

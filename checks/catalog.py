@@ -5,10 +5,28 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from checks import judge_active, judge_environment, judge_gpu, judge_host, judge_links, judge_rdma, judge_roce
+from checks import (
+    judge_active,
+    judge_environment,
+    judge_gpu,
+    judge_gpu_use,
+    judge_host,
+    judge_links,
+    judge_rdma,
+    judge_roce,
+)
 from checks.registry import CHECKS, Check, Tier
 
-JUDGES = (judge_gpu, judge_links, judge_rdma, judge_roce, judge_host, judge_environment, judge_active)
+JUDGES = (
+    judge_gpu,
+    judge_gpu_use,
+    judge_links,
+    judge_rdma,
+    judge_roce,
+    judge_host,
+    judge_environment,
+    judge_active,
+)
 """Each entered its checks when it was imported; reports show them in this order."""
 
 

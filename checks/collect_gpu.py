@@ -72,6 +72,9 @@ def _gpu(source: Source, index: int) -> dict[str, Any]:
         "sram_corrected": number("nvmlDeviceGetMemoryErrorCounter", CORRECTED, AGGREGATE, SRAM),
         "dram_corrected": number("nvmlDeviceGetMemoryErrorCounter", CORRECTED, AGGREGATE, DRAM),
         "remapped": _remapped(ask("nvmlDeviceGetRemappedRows")),
+        "sram_threshold": _member(ask("nvmlDeviceGetSramEccErrorStatus"), "bThresholdExceeded", int),
+        "repairs_pending": _repairs(ask("nvmlDeviceGetRepairStatus")),
+        "unrepairable": number("nvmlDeviceGetUnrepairableMemoryFlag_v1"),
         "clock_reasons": _first_supported(
             number("nvmlDeviceGetCurrentClocksEventReasons"),
             lambda: number("nvmlDeviceGetCurrentClocksThrottleReasons"),  # drivers before 535.54
@@ -182,6 +185,14 @@ def _processes(source: Source, answer: Any | Unread) -> tuple[Process, ...] | Un
     return tuple(found)
 
 
+def _repairs(answer: Any | Unread) -> tuple[str, ...] | Unread:
+    if isinstance(answer, Unread):
+        return answer
+    if not isinstance(answer, list) or len(answer) != 2 or not all(isinstance(one, int) for one in answer):
+        return Unread(Problem.ERROR, f"repairs: {answer!r}")
+    return tuple(name for name, pending in zip(("channel", "TPC"), answer, strict=True) if pending)
+
+
 def _remapped(answer: Any | Unread) -> RemappedRows | Unread:
     if isinstance(answer, Unread):
         return answer
@@ -207,6 +218,7 @@ def _fabric(answer: Any | Unread) -> FabricState | Unread:
             int(answer["cliqueId"]),
             cluster,
             answer.get("healthMask"),
+            answer.get("healthSummary"),
         )
     except (KeyError, TypeError, ValueError) as error:
         return Unread(Problem.ERROR, f"fabric: {error}: {answer!r}")
@@ -232,7 +244,8 @@ def kernel_address(bus_id: str | Unread) -> str | Unread:
 def _first_supported(value: int | Unread, otherwise: Any) -> int | Unread:
     if isinstance(value, Unread) and value.problem is Problem.UNSUPPORTED:
         older: int | Unread = otherwise()
-        return older
+        # Where nobody recorded the older question, the newer one's answer is what is known.
+        return value if isinstance(older, Unread) and older.problem is Problem.NOT_RECORDED else older
     return value
 
 

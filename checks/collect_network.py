@@ -28,6 +28,10 @@ HARDWARE_COUNTERS = (
     "retrans_timeout_events",
 )
 """Files of `hw_counters/`: the first three mlx5's (drivers/infiniband/hw/mlx5/counters.c), the last two EFA's."""
+FI_INFO = ("fi_info", "/opt/amazon/efa/bin/fi_info")
+"""On PATH, and where the EFA installer puts libfabric and its tools, which only a login shell's profile has on PATH
+(docs.aws.amazon.com/AWSEC2/latest/UserGuide/efa-start.html)."""
+EFA_PROVIDER = re.compile(r"^provider:\s*efa", re.MULTILINE)
 WATCHED_SECONDS = 1.0
 MOST_GIDS = 32
 """A port of mlx5 has 256 places for GIDs, of which the first few are taken."""
@@ -60,6 +64,7 @@ def collect_rdma(source: Source) -> Rdma:
             for device in found
         )
     verbs = source.list("/dev/infiniband")
+    said, tool = _libfabric(source, devices)
     return Rdma(
         devices=devices,
         verbs=verbs
@@ -67,7 +72,8 @@ def collect_rdma(source: Source) -> Rdma:
         else tuple(name for name in verbs if name.startswith("uverbs")),
         peermem=_module(source, "nvidia_peermem", "nv_peer_mem", "efa_nv_peermem"),
         dmabuf=_dmabuf(source),
-        libfabric=_libfabric(source, devices),
+        libfabric=said,
+        libfabric_tool=tool,
     )
 
 
@@ -184,10 +190,21 @@ def _dmabuf(source: Source) -> bool | Unread:
     return "Open Kernel Module" in version and (int(numbers[1]), int(numbers[2])) >= (5, 12)
 
 
-def _libfabric(source: Source, devices: tuple[RdmaDevice, ...] | Unread) -> Reading:
+def _libfabric(source: Source, devices: tuple[RdmaDevice, ...] | Unread) -> tuple[Reading, str]:
+    """What fi_info says, and which one: the first that knows EFA, else the first that says anything."""
     if isinstance(devices, Unread) or not any(device.driver == "efa" for device in devices):
-        return Unread(Problem.NOT_RECORDED, "no EFA device, so fi_info was not asked")
-    return source.run(["fi_info", "-p", "efa"])
+        return Unread(Problem.NOT_RECORDED, "no EFA device, so fi_info was not asked"), ""
+    said = []
+    for tool in FI_INFO:
+        answer = source.run([tool, "-p", "efa"])
+        if isinstance(answer, str) and EFA_PROVIDER.search(answer):
+            return answer, tool
+        said.append((answer, tool))
+    texts = [one for one in said if isinstance(one[0], str)]
+    # A tool that is there and complains says more than one that is missing, or that an older bundle did not ask.
+    absent = (Problem.MISSING, Problem.NOT_RECORDED)
+    complaints = [one for one in said if isinstance(one[0], Unread) and one[0].problem not in absent]
+    return (*texts, *complaints, *said)[0]
 
 
 # --- interfaces -------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class Expectations:
     rails: int | None = None
     """RDMA devices that are up."""
     exclusive: bool = True
-    """The job has the node for itself: a foreign process on a GPU is a finding."""
+    """The job has the node for itself: a foreign process on any GPU is a finding, and not only on the job's own."""
     without: tuple[str, ...] = ()
     """Checks (`ib.counters`) or subjects (`pcie`) that this machine has no evidence for, says its profile."""
     demand_permission: bool = False

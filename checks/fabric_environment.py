@@ -116,7 +116,7 @@ def derive(
         _set_data_interfaces(draft, found, interface)
     _set_affinity(draft)
     errors = tuple(_ERRORS[kind](facts, rails, interface, draft)) if kind in _ERRORS else ()
-    warnings = fabric_contradictions.find(facts, kind, given, rails)
+    warnings = [str(one) for one in fabric_contradictions.find(facts, kind, given, rails)]
     return Derivation(
         facts.node, kind, tuple(draft.settings), _kept(given), tuple(draft.notes), tuple(warnings), errors,
         places(facts, rails.chosen),

@@ -69,6 +69,24 @@ def facts_of(
     )
 
 
+def collected(node: facts.Node) -> FabricFacts:
+    """What the checks have of a node, for judging variables against it. Which routes and other interfaces it has was
+    not collected, and is held against nobody: an interface that is up counts as one that is routed."""
+    sieve = _Known()
+    devices = {device.address: device for device in sieve.known(node.pci, ())}
+    interfaces = [
+        Interface(one.name, one.state in ("up", "unknown"), one.master or "")
+        for one in sieve.known(node.interfaces, ())
+    ]
+    return FabricFacts(
+        node=node.name,
+        ports=tuple(sieve.ports(node.rdma, devices)),
+        interfaces=tuple(interfaces),
+        routes=tuple(Route(one.name, "0.0.0.0/0") for one in interfaces if one.running and one.name != "lo"),
+        unread=tuple(dict.fromkeys(sieve.unread)),
+    )
+
+
 class _Known:
     """Facts without their gaps, which are kept: a gap is no absence, except where the machine has no such thing."""
 

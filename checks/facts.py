@@ -56,6 +56,9 @@ class FabricState:
     clique: int
     cluster: str
     health: int | None = None
+    """Bits of NVML_GPU_FABRIC_HEALTH_MASK_*."""
+    summary: int | None = None
+    """NVML_GPU_FABRIC_HEALTH_SUMMARY_*: 0 not supported, 1 healthy, 2 unhealthy, 3 limited capacity."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,12 @@ class Gpu:
     sram_corrected: Number
     dram_corrected: Number
     remapped: RemappedRows | Unread
+    sram_threshold: Number
+    """1 where NVIDIA's threshold of SRAM errors is exceeded (drivers from 550 on tell, as the next two)."""
+    repairs_pending: tuple[str, ...] | Unread
+    """`channel`, `TPC`: what a reset would repair."""
+    unrepairable: Number
+    """1 where memory cannot be repaired any more."""
     clock_reasons: Number
     """Bits of nvmlClocksEventReason*."""
     temperature: Number
@@ -216,6 +225,8 @@ class Rdma:
     dmabuf: bool | Unread
     libfabric: Reading
     """What `fi_info -p efa` printed."""
+    libfabric_tool: str = ""
+    """The fi_info that said so."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-BEGINNINGS = ("NCCL_", "GLOO_", "UCX_", "FI_", "OFI_NCCL_")
-"""What NCCL, Gloo, UCX, libfabric and the EFA plugin read."""
+BEGINNINGS = ("NCCL_", "GLOO_", "TP_", "UCX_", "FI_", "OFI_NCCL_")
+"""What NCCL, Gloo, TensorPipe, UCX, libfabric and the EFA plugin read."""
 
 
 NOT_OF_A_FABRIC = frozenset({"NCCL_HOSTID"})

@@ -131,9 +131,10 @@ def _collective(what: str, node: Measured, expected: Expectations) -> list[Check
                 )
             )
     culprits = node.job.culprits
-    if culprits and node.name not in culprits:
+    causes = [*culprits, *dict.fromkeys(" - ".join(one.nodes) for one in node.job.bad_links)]
+    if causes and node.name not in culprits:
         # Every node of a collective hangs with the one that does. That one is left out, not all of them.
-        because = f"because of {', '.join(culprits)}"
+        because = f"because of {', '.join(causes)}"
         findings = [warn(f"{one.text}: {because}", "see net.pairs and net.rails") for one in findings]
     base = _baseline(node, expected, what, 1 << 60)
     against = f"{base.floor:.3g} GB/s ({base.source})" if base else f"no baseline for this job; {RECORD}"
@@ -259,12 +260,13 @@ def _finding(blame: Blame, node: str, rail: str = "") -> Finding:
         return fail(f"{rail}this node's port or cable: {blame.why}", "leave this node out")
     others = ", ".join(one for one in blame.nodes if one != node)
     if blame.kind == "link":
-        return warn(
-            f"{rail}the link to {others}: {blame.why}",
-            "the cable or switch between them: not both in one job",
-        )
+        remedy = "the cable or switch between them: leave out one of the two"
+        return fail(f"{rail}the link to {others}: {blame.why}", remedy)
+    if blame.kind == "once":
+        return warn(f"{rail}with {others}: {blame.why}", "watch it: the same pair passes now")
     what = f"this node or {others} or what connects them" if others else "this node"
-    return Finding(Verdict.UNKNOWN, f"{rail}undetermined, {what}: {blame.why}", "measure with more nodes")
+    remedy = "leave out one of the two, or measure with more nodes" if others else "measure with more nodes"
+    return Finding(Verdict.UNKNOWN, f"{rail}undetermined, {what}: {blame.why}", remedy)
 
 
 def _local(

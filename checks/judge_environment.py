@@ -1,19 +1,60 @@
-"""Variables that contradict the machine, or each other. Pure."""
+"""Variables that contradict the machine, or each other. Pure.
+
+What a variable of a fabric has to be is judged in `checks.fabric_contradictions`, for `launcher env` too; here it
+becomes a verdict.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import cast
+
+from checks import fabric_contradictions
 from checks.expectations import Expectations
-from checks.facts import Node, RdmaPort
+from checks.fabric_environment import rails_and_gid
+from checks.fabric_facts import FabricKind
+from checks.fabric_reading import collected
+from checks.facts import Node
 from checks.findings import Finding, blind, fail, result, warn
-from checks.judge_roce import roce_gid_indexes
+from checks.given import given_by
 from checks.reading import Problem, Unread
 from checks.registry import check
-from checks.selectors import exact_names, nccl_selector
 from checks.verdict import CheckResult
 
 NCCL = "docs.nvidia.com/deeplearning/nccl, Environment Variables"
-INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+INTERFACES = (
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+    "TP_SOCKET_IFNAME",
+    "NCCL_FASTRAK_CTRL_DEV",
+    "NCCL_FASTRAK_IFNAME",
+    "NCCL_GPUDIRECTTCPX_CTRL_DEV",
+    "NCCL_GPUDIRECTTCPX_SOCKET_IFNAME",
+)
+DEVICES = ("NCCL_IB_HCA", "NCCL_IB_GID_INDEX", "UCX_NET_DEVICES")
+TRANSPORTS = ("NCCL_IB_DISABLE", "NCCL_NET", "FI_PROVIDER")
+"""Together all of `fabric_contradictions.VARIABLES`, each in one check."""
 READS = ["environment *"]
+
+
+def _named(node: Node, variables: Collection[str]) -> dict[str, str]:
+    environment = {} if isinstance(node.environment, Unread) else node.environment
+    return {name: environment[name] for name in variables if environment.get(name)}
+
+
+def _contradictions(
+    node: Node, expected: Expectations, variables: Collection[str], remedy: str
+) -> list[Finding]:
+    # `none` is a job within one machine, whose fabric the variables call loopback.
+    kinds: dict[str | None, FabricKind] = {None: "auto", "none": "loopback"}
+    kind = kinds.get(expected.fabric) or cast(FabricKind, expected.fabric)
+    given = given_by({} if isinstance(node.environment, Unread) else node.environment, "environment")
+    facts = collected(node)
+    rails, _ = rails_and_gid(facts, kind, given)
+    return [
+        (fail if one.breaks else warn)(str(one), remedy)
+        for one in fabric_contradictions.find(facts, kind, given, rails, variables)
+    ]
 
 
 @check("env.interface", reads=[*READS, "list /sys/class/net"], source=NCCL)
@@ -22,70 +63,43 @@ def interface(node: Node, expected: Expectations) -> list[CheckResult]:
     name = "env.interface"
     if isinstance(node.environment, Unread):
         return result(name, [blind(node.environment)], "", "existing interfaces")
-    named = {
-        variable: node.environment[variable] for variable in INTERFACES if node.environment.get(variable)
-    }
+    named = _named(node, INTERFACES)
     if isinstance(node.interfaces, Unread):
         return result(name, [blind(node.interfaces)] if named else [], "none named", "existing interfaces")
-    states = {one.name: one.state for one in node.interfaces}
-    findings: list[Finding] = []
-    for variable, value in named.items():
-        if variable.startswith("NCCL_"):
-            chosen = [one for one in states if nccl_selector(value).matches(one)]
-        else:
-            chosen = [one for one in states if one in exact_names(value)]
-        if not chosen:
-            findings.append(fail(f"{variable}={value}: no such interface", f"one of {' '.join(states)}"))
-        elif all(states[one] == "down" for one in chosen):
-            findings.append(fail(f"{variable}={value}: {' '.join(chosen)} is down", "name one that is up"))
+    findings = [
+        blind(one.state, one.name)
+        for one in node.interfaces
+        if named and isinstance(one.state, Unread) and one.state.problem is not Problem.NOT_RECORDED
+    ]
+    findings += _contradictions(node, expected, INTERFACES, "name one that is up, or unset it")
     shown = ", ".join(f"{variable}={value}" for variable, value in named.items())
     return result(name, findings, shown or "none named", "existing interfaces")
 
 
 @check("env.hca", reads=[*READS, "list /sys/class/infiniband"], source=NCCL)
 def adapter(node: Node, expected: Expectations) -> list[CheckResult]:
-    """RDMA devices that NCCL_IB_HCA names exist, and NCCL_IB_GID_INDEX names a RoCE v2 GID on RoCE."""
+    """RDMA devices that variables name exist, and NCCL_IB_GID_INDEX names a RoCE v2 GID on RoCE."""
     name = "env.hca"
     if isinstance(node.environment, Unread):
         return result(name, [blind(node.environment)], "", "existing devices")
-    named, index = node.environment.get("NCCL_IB_HCA"), node.environment.get("NCCL_IB_GID_INDEX")
-    if not named and not index:
+    named = _named(node, DEVICES)
+    if not named:
         return result(name, [], "none named", "existing devices")
     devices = node.rdma.devices
     if isinstance(devices, Unread):
         if devices.problem is not Problem.MISSING:
             return result(name, [blind(devices)], "", "existing devices")
         devices = ()
-    findings: list[Finding] = []
-    ports = [port for device in devices for port in device.ports]
-    if named:
-        names = [device.name for device in devices]
-        selector = nccl_selector(named)
-        chosen = [one for one in names if selector.matches(one)]
-        ports = [port for port in ports if selector.matches(port.device, port.port)]
-        if not chosen:
-            findings.append(
-                fail(f"NCCL_IB_HCA={named}: no such device", f"one of {' '.join(names) or 'none'}")
-            )
-    if index:
-        findings += _gid_findings(index, ports)
+    findings = [
+        blind(port.state, port.device)
+        for device in devices
+        for port in device.ports
+        if isinstance(port.state, Unread)
+    ]
+    findings += _contradictions(node, expected, DEVICES, "name one that is there, or unset it")
     return result(
-        name, findings, f"NCCL_IB_HCA={named or ''} NCCL_IB_GID_INDEX={index or ''}", "existing devices"
+        name, findings, " ".join(f"{key}={value}" for key, value in named.items()), "existing devices"
     )
-
-
-def _gid_findings(index: str, ports: list[RdmaPort]) -> list[Finding]:
-    if index.lstrip("-").isdigit():
-        wrong = [
-            port.device
-            for port in ports
-            if port.link_layer == "Ethernet" and int(index) >= 0 and int(index) not in roce_gid_indexes(port)
-        ]
-    else:
-        return [fail(f"NCCL_IB_GID_INDEX={index} is no number", "leave it unset")]
-    if not wrong:
-        return []
-    return [fail(f"NCCL_IB_GID_INDEX={index} is no RoCE v2 IPv4 GID of {' '.join(wrong)}", "leave it unset")]
 
 
 @check("env.conflict", reads=READS, source=NCCL)
@@ -95,15 +109,14 @@ def conflict(node: Node, expected: Expectations) -> list[CheckResult]:
     if isinstance(node.environment, Unread):
         return result(name, [blind(node.environment)], "", "no contradiction")
     environment = node.environment
-    rdma = expected.fabric in ("infiniband", "roce")
     no_device = node.rdma.devices == () or (
         isinstance(node.rdma.devices, Unread) and node.rdma.devices.problem is Problem.MISSING
     )
+    rdma = expected.fabric in ("infiniband", "roce")
     net = environment.get("NCCL_NET", "").lower()
+    # What contradicts another variable, or a node of which nobody has said which fabric it has.
     rules = (
-        (rdma and environment.get("NCCL_IB_DISABLE") == "1", fail, "NCCL_IB_DISABLE=1 on an RDMA fabric"),
-        (rdma and net == "socket", fail, "NCCL_NET=Socket on an RDMA fabric"),
-        (net == "ib" and no_device, fail, "NCCL_NET=IB without an RDMA device"),
+        (net == "ib" and no_device and expected.fabric is None, fail, "NCCL_NET=IB without an RDMA device"),
         (
             net == "ib" and environment.get("NCCL_IB_DISABLE") == "1",
             fail,
@@ -122,7 +135,8 @@ def conflict(node: Node, expected: Expectations) -> list[CheckResult]:
             "NCCL_NET_GDR_LEVEL=LOC: no GPUDirect",
         ),
     )
-    findings = [verdict(text, "unset it") for applies, verdict, text in rules if applies]
+    findings = _contradictions(node, expected, TRANSPORTS, "unset it")
+    findings += [verdict(text, "unset it") for applies, verdict, text in rules if applies]
     count = sum(variable.startswith(("NCCL_", "GLOO_", "UCX_")) for variable in environment)
     return result(name, findings, f"{count} variables of NCCL, Gloo and UCX", "no contradiction")
 

@@ -1,4 +1,4 @@
-"""GPUs: all there, reachable, healthy in memory, not throttled, not in use by somebody else. Pure."""
+"""GPUs: all there, reachable, healthy in memory, not throttled. Pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from checks.collect_pci import is_gpu
 from checks.expectations import Expectations
 from checks.facts import Gpu, Node
 from checks.findings import Finding, blind, fail, result, warn
-from checks.kernel_log import Xid, fatal_sxids, xids
-from checks.reading import Problem, Unread
+from checks.kernel_log import Xid, fallen, fatal_sxids, not_started, strange_xids, xids
+from checks.reading import Problem, Unread, shortened
 from checks.registry import check
 from checks.verdict import CheckResult, Verdict
 
@@ -38,7 +38,6 @@ SRAM_CORRECTED_LIMIT = 10_000
 DRAM_CORRECTED_LIMIT = 20_000_000
 REMAPPED_LIMIT = 512
 MARGIN_WARN, HOT_WARN, MEMORY_HOT_WARN = 5, 85, 95
-IDLE_MEMORY, IDLE_MIG_MEMORY = 15 << 20, 256 << 20
 
 
 def without_gpus(node: Node, expected: Expectations) -> bool:
@@ -190,6 +189,45 @@ def remap(node: Node, expected: Expectations) -> list[CheckResult]:
     return result(name, findings, f"none pending on {len(gpus)} GPUs", "none pending, none failed")
 
 
+@check(
+    "gpu.repair",
+    reads=[
+        "nvml nvmlDeviceGetSramEccErrorStatus *",
+        "nvml nvmlDeviceGetRepairStatus *",
+        "nvml nvmlDeviceGetUnrepairableMemoryFlag_v1 *",
+    ],
+    source="nvml.h: threshold of SRAM errors, repairs that wait for a reset, memory that cannot be repaired",
+)
+def repair(node: Node, expected: Expectations) -> list[CheckResult]:
+    """No GPU waits for a repair of its memory, or is beyond one, says its driver."""
+    name = "gpu.repair"
+    gpus = gpus_of(node, expected, name)
+    if isinstance(gpus, list):
+        return gpus
+    findings: list[Finding] = []
+    told = False
+    for gpu in gpus:
+        answers = (gpu.sram_threshold, gpu.repairs_pending, gpu.unrepairable)
+        for answer in answers:
+            if not isinstance(answer, Unread):
+                told = True
+            # A driver or a GPU that is older than the question, or a bundle.
+            elif answer.problem not in (Problem.UNSUPPORTED, Problem.NOT_RECORDED):
+                findings.append(blind(answer, f"GPU {gpu.index}"))
+        if gpu.sram_threshold == 1:
+            findings.append(fail(f"GPU {gpu.index}: more SRAM errors than NVIDIA allows", "replace the GPU"))
+        if isinstance(gpu.repairs_pending, tuple) and gpu.repairs_pending:
+            what = " and ".join(gpu.repairs_pending)
+            findings.append(fail(f"GPU {gpu.index}: a {what} repair is pending", "reset the GPU"))
+        if gpu.unrepairable == 1:
+            findings.append(fail(f"GPU {gpu.index}: memory that cannot be repaired", "replace the GPU"))
+    return (
+        result(name, findings, f"none pending on {len(gpus)} GPUs", "none pending")
+        if told or findings
+        else []
+    )
+
+
 @check("gpu.xid", reads=["run dmesg"], source="NVIDIA Xid errors (docs.nvidia.com/deploy/xid-errors)")
 def xid(node: Node, expected: Expectations) -> list[CheckResult]:
     """No Xid or fatal SXid in the kernel log that asks for more than a look."""
@@ -199,7 +237,22 @@ def xid(node: Node, expected: Expectations) -> list[CheckResult]:
     log = node.host.kernel_log
     if isinstance(log, Unread):
         return result(name, [blind(log, "kernel log")], "", "no Xid")
-    findings = [_xid_finding(one, node) for one in xids(log)]
+    known = xids(log)
+    findings = [_xid_finding(one, node) for one in known]
+    gone = [
+        address
+        for address in fallen(log)
+        if not any(x.number == 79 and address.startswith(x.address) for x in known)
+    ]
+    findings += [
+        fail(f"GPU {address} has fallen off the bus", "reboot the node: leave it out") for address in gone
+    ]
+    findings += [
+        warn(f"the driver could not start GPU {address}", "is it there now? gpu.count and gpu.bus say")
+        for address in not_started(log)
+        if address not in gone
+    ]
+    findings += [blind(Unread(Problem.ERROR, shortened(line))) for line in strange_xids(log)]
     findings += [
         fail(f"{text} (fatal)", "restart fabric manager or reboot the node") for text in fatal_sxids(log)
     ]
@@ -211,7 +264,7 @@ def _xid_finding(one: Xid, node: Node) -> Finding:
     text = f"Xid {one.number} on {one.address}{times}"
     if one.action is None or one.action == "watch":
         return warn(text, "look at the application; a GPU that repeats it is suspect")
-    if one.action == "reset" and _driver_says_healthy(one, node):
+    if one.action == "reset" and (one.healed or _driver_says_healthy(one, node)):
         # The log keeps what a reset has healed long ago; the driver knows better where it has a verdict.
         return warn(f"{text}, and the driver asks for nothing any more", "watch it")
     what = {"reset": "reset that GPU", "reboot": "reboot the node", "isolate": "isolate the node"}[one.action]
@@ -227,7 +280,7 @@ def _driver_says_healthy(one: Xid, node: Node) -> bool:
 
 @check(
     "gpu.bus",
-    reads=["nvml nvmlDeviceGetPciInfo *", "start /sys/bus/pci/devices/*/config"],
+    reads=["nvml nvmlDeviceGetPciInfo *", "start /sys/bus/pci/devices/*/config", "run lspci -vvv"],
     source="NVML return codes 11, 14, 15, 16; configuration space of ones (pciutils shows rev ff)",
 )
 def bus(node: Node, expected: Expectations) -> list[CheckResult]:
@@ -240,6 +293,8 @@ def bus(node: Node, expected: Expectations) -> list[CheckResult]:
         fail(f"{one.address} reads as ones", "reboot the node") for one in devices if one.fallen is True
     ]
     findings += [blind(one.fallen, one.address) for one in devices if isinstance(one.fallen, Unread)]
+    if not isinstance(node.acs, Unread):
+        findings += [fail(f"{one} is shown as rev ff", "reboot the node") for one in node.acs.fallen]
     if isinstance(gpus, list):
         return result(name, findings, "", "every GPU answers") if findings and expected.gpus != 0 else gpus
     for gpu in gpus:
@@ -247,8 +302,6 @@ def bus(node: Node, expected: Expectations) -> list[CheckResult]:
             findings.append(fail(f"GPU {gpu.index}: {LOST[code]}", "reboot the node"))
         if not gpu.lost and isinstance(gpu.bus_id, Unread):
             findings.append(blind(gpu.bus_id, f"GPU {gpu.index}"))
-    if not isinstance(node.acs, Unread):
-        findings += [fail(f"{one} is shown as rev ff", "reboot the node") for one in node.acs.fallen]
     return result(name, findings, f"{len(gpus)} GPUs answer", "every GPU answers")
 
 
@@ -311,71 +364,6 @@ def temperature(node: Node, expected: Expectations) -> list[CheckResult]:
             findings.append(warn(f"GPU {gpu.index}: memory at {memory} C", "cooling"))
     hottest = max((gpu.temperature for gpu in gpus if isinstance(gpu.temperature, int)), default=0)
     return result(name, findings, f"at most {hottest} C", f"over {MARGIN_WARN} C below the limit")
-
-
-@check(
-    "gpu.processes",
-    reads=["nvml nvmlDeviceGetComputeRunningProcesses *"],
-    source="a GPU that was given to this job is idle before it starts",
-)
-def processes(node: Node, expected: Expectations) -> list[CheckResult]:
-    """Nobody else computes on the job's GPUs: no process left by an earlier job."""
-    name = "gpu.processes"
-    if not expected.exclusive:
-        return []
-    gpus = gpus_of(node, expected, name)
-    if isinstance(gpus, list):
-        return gpus
-    findings = []
-    for gpu in job_gpus(node, gpus):
-        if isinstance(gpu.processes, Unread):
-            findings.append(blind(gpu.processes, f"GPU {gpu.index}"))
-            continue
-        # NVML lists pids for a while after their end; those /proc does not know are dead or hidden (see gpu.memory).
-        for process in gpu.processes:
-            if process.alive is not False:
-                title = "" if isinstance(process.name, Unread) else f" ({process.name})"
-                findings.append(
-                    fail(f"GPU {gpu.index}: process {process.pid}{title}", "end it, or say --shared")
-                )
-    return result(name, findings, "none", "no process")
-
-
-@check(
-    "gpu.memory",
-    reads=["nvml nvmlDeviceGetMemoryInfo *"],
-    source="more than 15 MiB on an idle GPU: facebookresearch/gcm",
-)
-def memory(node: Node, expected: Expectations) -> list[CheckResult]:
-    """The job's GPUs are empty."""
-    name = "gpu.memory"
-    if not expected.exclusive:
-        return []
-    gpus = gpus_of(node, expected, name)
-    if isinstance(gpus, list):
-        return gpus
-    findings = []
-    for gpu in job_gpus(node, gpus):
-        # The instances of a GPU in MIG mode hold some memory each before anybody uses them: 59 MiB in a capture.
-        idle = IDLE_MIG_MEMORY if gpu.mig == 1 else IDLE_MEMORY
-        if isinstance(gpu.memory_used, Unread):
-            findings.append(blind(gpu.memory_used, f"GPU {gpu.index}"))
-        elif gpu.memory_used > idle:
-            used = f"GPU {gpu.index}: {gpu.memory_used >> 20} MiB in use"
-            findings.append(fail(used, "an earlier job's process holds it, or say --shared"))
-    return result(
-        name, findings, f"at most {IDLE_MEMORY >> 20} MiB in use", f"≤ {IDLE_MEMORY >> 20} MiB in use"
-    )
-
-
-def job_gpus(node: Node, gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
-    """Those in CUDA_VISIBLE_DEVICES, where the job sets it by number or UUID."""
-    environment = {} if isinstance(node.environment, Unread) else node.environment
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return gpus
-    names = {word.strip() for word in visible.split(",")}
-    return tuple(gpu for gpu in gpus if str(gpu.index) in names or gpu.uuid in names) or gpus
 
 
 def _has_no_ecc(gpu: Gpu) -> bool:

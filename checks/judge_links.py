@@ -22,6 +22,9 @@ NVLINKS = (
 )
 """GPU's name -> links and MB/s of each in one direction, as `nvidia-smi nvlink -s` prints them on healthy nodes."""
 
+RDMA_DRIVERS = ("mlx5_core", "mlx4_core", "bnxt_en", "ice", "efa")
+"""Kernel drivers whose lines in the log are about adapters that do RDMA."""
+
 COMPLETED = 3
 HEALTH = (
     # nvml.h, NVML_GPU_FABRIC_HEALTH_MASK_*: shift, width, what is bad.
@@ -31,6 +34,8 @@ HEALTH = (
     (6, 0x3, "access timeout recovery"),
 )
 CONFIGURATION = (8, 0xF)
+SUMMARY = {2: "unhealthy", 3: "limited capacity"}
+"""nvml.h, NVML_GPU_FABRIC_HEALTH_SUMMARY_*."""
 HOPPER = 9
 
 
@@ -44,14 +49,15 @@ def _linked(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
     """Without those that have no NVLink to look at: cards of a kind without it, and one GPU alone in a machine.
 
     A virtual machine that was given one GPU of a node has no links to it: an H200 whose driver says so is as it should
-    be there (tests/checks/bundles/h200_x1.json). Beside another one it is not.
+    be there (tests/checks/bundles/h200_x1.json), and so is a GH200 alone, whose nvidia-smi calls all links inactive.
+    Beside another one it is not.
     """
 
     def has_none(gpu: Gpu) -> bool:
         unsupported = isinstance(gpu.nvlinks, Unread) and gpu.nvlinks.problem is Problem.UNSUPPORTED
         if expected_links(gpu) is None:
             return unsupported or gpu.nvlinks == ()
-        return unsupported and len(gpus) == 1
+        return len(gpus) == 1 and (unsupported or gpu.nvlinks == ())
 
     return tuple(gpu for gpu in gpus if not has_none(gpu))
 
@@ -164,6 +170,8 @@ def fabric(node: Node, expected: Expectations) -> list[CheckResult]:
                     findings.append(fail(f"GPU {gpu.index}: {what}", restart))
             if info.health >> CONFIGURATION[0] & CONFIGURATION[1] > 1:
                 findings.append(fail(f"GPU {gpu.index}: incorrect configuration", restart))
+        if info.summary in SUMMARY:
+            findings.append(fail(f"GPU {gpu.index}: health is {SUMMARY[info.summary]}", restart))
     return result(name, findings, f"completed on {len(gpus)} GPUs", "completed, success")
 
 
@@ -288,17 +296,21 @@ def _gigatransfers(text: str) -> float | None:
 def pcie_bandwidth(node: Node, expected: Expectations) -> list[CheckResult]:
     """No network adapter said at boot that its PCIe slot is too slow for it."""
     name = "pcie.bandwidth"
-    if expected.without_rdma or isinstance(node.rdma.devices, Unread) or not node.rdma.devices:
+    devices, log = node.rdma.devices, node.host.kernel_log
+    # A captured log alone: nobody says which devices there are, but each line says which driver it is of.
+    log_alone = isinstance(devices, Unread) and devices.problem is Problem.NOT_RECORDED
+    if expected.without_rdma or (not log_alone and (isinstance(devices, Unread) or not devices)):
         return []
-    log = node.host.kernel_log
     if isinstance(log, Unread):
         return result(name, [blind(log, "kernel log")], "", "no limited link")
-    adapters = {device.pci for device in node.rdma.devices}
+    adapters = set() if isinstance(devices, Unread) else {device.pci for device in devices}
     findings = [
         warn(text, "a narrower slot than the adapter's; compare with the other nodes")
-        for text in dict.fromkeys(limited_links(log))
-        if text.partition(": ")[0] in adapters
+        for text in dict.fromkeys(limited_links(log, *(RDMA_DRIVERS if log_alone else ())))
+        if log_alone or text.partition(": ")[0] in adapters
     ]
+    if log_alone and not findings:
+        return []
     return result(name, findings, "none limited", "no limited link")
 
 

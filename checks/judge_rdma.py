@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from checks.collect_network import EFA_PROVIDER
 from checks.collect_pci import is_for_rdma, is_gpu
 from checks.expectations import Expectations
 from checks.facts import Counter, Node, RdmaDevice, RdmaPort
@@ -91,6 +92,11 @@ def port_state(node: Node, expected: Expectations) -> list[CheckResult]:
     findings: list[Finding] = []
     others: list[Finding] = []
     up = 0
+    findings += [
+        blind(Unread(Problem.MISSING, "a device without ports"), device.name)
+        for device in found
+        if not device.ports
+    ]
     for port in ports:
         is_rail = _is_named(node, port)
         where = f"{port.device}:{port.port}"
@@ -186,11 +192,12 @@ def counters(node: Node, expected: Expectations) -> list[CheckResult]:
         for one in port.counters
         for finding in _growth(one, f"{port.device}:{port.port}")
     ]
-    findings += [
-        blind(Unread(Problem.MISSING, "no counters"), f"{port.device}:{port.port}")
-        for port in ports
-        if not port.counters
-    ]
+    for port in ports:
+        names = {one.name for one in port.counters}
+        # EFA has no counters/, nor have some Ethernet drivers; every InfiniBand port has (its standard demands them).
+        without = port.link_layer == "InfiniBand" and not names & {"counters", "link_downed"}
+        if without or not names:
+            findings.append(blind(Unread(Problem.MISSING, "no counters"), f"{port.device}:{port.port}"))
     seconds = max((one.seconds for port in ports for one in port.counters), default=0.0)
     return result(name, findings, f"no growth in {seconds:.1f} s on {len(ports)} ports", "no growth")
 
@@ -264,7 +271,7 @@ def verbs(node: Node, expected: Expectations) -> list[CheckResult]:
 # --- EFA --------------------------------------------------------------------------------------------------
 
 
-@check("efa.libfabric", reads=["run fi_info -p efa"], source="fi_info(1): `provider: efa`, `fabric: efa`")
+@check("efa.libfabric", reads=["run *fi_info -p efa"], source="fi_info(1): `provider: efa`, `fabric: efa`")
 def libfabric(node: Node, expected: Expectations) -> list[CheckResult]:
     """libfabric finds the EFA devices, which NCCL reaches through it alone."""
     name = "efa.libfabric"
@@ -274,12 +281,19 @@ def libfabric(node: Node, expected: Expectations) -> list[CheckResult]:
         return []
     said = node.rdma.libfabric
     if isinstance(said, Unread):
-        return result(name, [blind(said, "fi_info -p efa")], "", "provider: efa")
+        return result(
+            name,
+            [blind(said, "fi_info -p efa, on PATH and at the EFA installer's place")],
+            "",
+            "provider: efa",
+        )
     domains = set(re.findall(r"^\s*domain:\s*(\S+)", said, re.MULTILINE))
     findings = []
-    if not re.search(r"^provider:\s*efa", said, re.MULTILINE):
-        findings.append(fail("fi_info names no provider efa", "install the EFA software into the container"))
-    return result(name, findings, f"{len(domains)} domains", "provider: efa")
+    tool = node.rdma.libfabric_tool
+    if not EFA_PROVIDER.search(said):
+        remedy = "install the EFA software into the container"
+        findings.append(fail(f"{tool} names no provider efa", remedy))
+    return result(name, findings, f"{len(domains)} domains, says {tool}", "provider: efa")
 
 
 # --- GPUDirect RDMA ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from checks.baselines import Baseline
+from checks.covering import between
 from checks.pairs import Blame
 from checks.rails import Figure, Rail, rails_of
 from checks.reading import Problem, Unread
@@ -51,6 +52,11 @@ class Job:
         """Nodes that are to blame for what the whole job could not do."""
         bad = [one for one in (*self.blames, *self.rail_blames) if one.kind in ("node", "rail")]
         return tuple(dict.fromkeys(node for one in bad for node in one.nodes))
+
+    @property
+    def bad_links(self) -> tuple[Blame, ...]:
+        """What two nodes are to blame for together, or what lies between them."""
+        return tuple(between((*self.blames, *self.rail_blames)))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ the text says N/A, or that the functionality has been deprecated, NVML had answe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from checks.collect_gpu import (
@@ -48,6 +48,9 @@ ACTIONS = {
     "node reboot": 2,
     "drain p2p": 3,
     "drain and reset": 4,
+    "recover imex domain": 5,
+    "bus reset": 6,
+    "system reboot": 7,
 }
 REASONS = {
     "Idle": 0x1,
@@ -61,12 +64,48 @@ REASONS = {
     "Display Clock Setting": 0x100,
 }
 FABRIC_STATES = {"not started": 1, "in progress": 2, "completed": 3}
-LINK = re.compile(r"\s+Link (\d+): (?:([\d.]+) GB/s|<?(\w+)>?)")
+LINK = re.compile(r"\s*Link (\d+): (?:([\d.]+) GB/s|<?(\w+)>?)")
+_TRUTH = {"true": 1, "false": 2}
+FABRIC_HEALTH = {
+    "Summary": (-1, {"healthy": 1, "unhealthy": 2, "limited capacity": 3}),
+    "Bandwidth": (0, {"degraded": 1, "full": 2}),
+    "Route Recovery in progress": (2, _TRUTH),
+    "Route Unhealthy": (4, _TRUTH),
+    "Access Timeout Recovery": (6, _TRUTH),
+    "Incorrect Configuration": (
+        8,
+        {
+            "none": 1,
+            "incorrect systemguid": 2,
+            "incorrect chassis serial number": 3,
+            "no partition": 4,
+            "insufficient nvlink resources": 5,
+            "incompatible gpu firmware": 6,
+            "invalid location": 7,
+            "gpu state invalid": 8,
+        },
+    ),
+}
+"""Names under `Fabric`, `Health` with their words (nvidia-smi(1)), and the shift of each in nvml.h's
+NVML_GPU_FABRIC_HEALTH_MASK_*; the summary has a member of its own."""
+FAILED = re.compile(
+    r"NVIDIA-SMI has failed.*|^Failed to initialize NVML: .*|^Unable to determine the device handle for .*",
+    re.MULTILINE | re.IGNORECASE,
+)
+"""What it prints in place of an answer, the last of a GPU that does not answer:
+`Unable to determine the device handle for GPU0000:CB:00.0: Unknown Error`, or `: GPU is lost.  Reboot the system …`."""
+NO_LINK = "as all links are inActive"
+"""`NVML: Unable to retrieve NVLink information as all links are inActive`, in place of a GPU's links."""
+HEAD = re.compile(r"^GPU (\d+): (.*?) \(UUID: ([^)]*)\)$", re.MULTILINE)
 
 
 def looks_like(text: str) -> bool:
-    nvlink = re.search(r"^GPU \d+: .*\(UUID: ", text, re.MULTILINE) and LINK.search(text)
-    return QUERY in text or bool(nvlink) or "NVIDIA-SMI has failed" in text or "No devices were found" in text
+    return (
+        QUERY in text
+        or bool(HEAD.search(text))
+        or bool(FAILED.search(text))
+        or "No devices were found" in text
+    )
 
 
 def records(text: str, part: str = "") -> dict[str, Record]:
@@ -82,9 +121,32 @@ def records(text: str, part: str = "") -> dict[str, Record]:
         _put(
             found, {"problem": "missing", "detail": "NVIDIA-SMI has failed: no driver"}, "nvmlDeviceGetCount"
         )
+    elif failed := FAILED.search(text):
+        _put(found, {"problem": "error", "detail": failed[0].strip()}, "nvmlDeviceGetCount")
     if QUERY in text:
         found |= _of_query(_part(text, part))
-    return found | _of_links(text, counted="nvml nvmlDeviceGetCount" in found)
+    found |= _of_links(text, counted=QUERY in text)
+    return found | _of_absent(found, FAILED.search(text))
+
+
+def _of_absent(found: Mapping[str, Record], failed: re.Match[str] | None) -> dict[str, Record]:
+    """GPUs of which nothing is told: those that are counted beyond, and the one of which nvidia-smi says so."""
+    count = found.get("nvml nvmlDeviceGetCount", {}).get("value")
+    if not isinstance(count, int):
+        return {}
+    silent = [index for index in range(count) if key_of("nvml", ["nvmlDeviceGetName", index]) not in found]
+    absent: dict[str, Record] = {}
+    if failed and not silent:
+        silent = [count]
+        _put(absent, {"value": count + 1}, "nvmlDeviceGetCount")
+    why = failed[0].strip() if failed else f"nvidia-smi counts {count} GPUs, and tells nothing of this one"
+    told = ["nvmlDeviceGetName"]
+    if key_of("nvml", ["nvmlDeviceGetPciInfo", 0]) in found:
+        told.append("nvmlDeviceGetPciInfo")
+    for index in silent:
+        for function in told:
+            _put(absent, {"problem": "error", "detail": why}, function, index)
+    return absent
 
 
 def _part(text: str, part: str) -> str:
@@ -103,6 +165,8 @@ def _of_query(text: str) -> dict[str, Record]:
     found: dict[str, Record] = {}
     head, *bodies = re.split(r"^GPU ([0-9A-Fa-f:.]+)\n", text, flags=re.MULTILINE)
     top = dict(_tree(head))
+    if "Attached GPUs" not in top and not bodies:
+        raise ValueError("nvidia-smi -q without a GPU in it: cut off, or another tool's")
     _put(found, _value(top.get("Attached GPUs"), int), "nvmlDeviceGetCount")
     _put(found, _value(top.get("Driver Version"), str), "nvmlSystemGetDriverVersion")
     _put(found, _value(top.get("CUDA Version"), _cuda), "nvmlSystemGetCudaDriverVersion")
@@ -154,6 +218,11 @@ def _of_gpu(found: dict[str, Record], index: int, address: str, body: str) -> No
         _value(tree["Remapped Rows"], int) if "Remapped Rows" in tree else _list(*rows),
         "nvmlDeviceGetRemappedRows",
     )
+    exceeded = take(f"{ecc}/Aggregate/SRAM Threshold Exceeded", _yes)
+    put(_members(bThresholdExceeded=exceeded), "nvmlDeviceGetSramEccErrorStatus")
+    repairs = [take(f"{ecc}/{name} Repair Pending", _yes) for name in ("Channel", "TPC")]
+    put(_list(*repairs), "nvmlDeviceGetRepairStatus")
+    put(take(f"{ecc}/Unrepairable Memory", _yes), "nvmlDeviceGetUnrepairableMemoryFlag_v1")
     put(_reasons(tree), "nvmlDeviceGetCurrentClocksEventReasons")
     put(take("Temperature/GPU Current Temp", _first), "nvmlDeviceGetTemperature", 0)
     put(take("Temperature/GPU Slowdown Temp", _first), "nvmlDeviceGetTemperatureThreshold", SLOWDOWN)
@@ -168,30 +237,42 @@ def _of_gpu(found: dict[str, Record], index: int, address: str, body: str) -> No
 
 
 def _of_links(text: str, *, counted: bool) -> dict[str, Record]:
-    """NVLinks of `nvidia-smi nvlink -s`; names and count of the GPUs too, where no -q told them."""
+    """NVLinks of `nvidia-smi nvlink -s`; names and count of the GPUs too, where no -q told them.
+
+    A GPU beside others with links that shows none has lost them all. Where none shows any and nothing is said of links
+    (`nvidia-smi -L`, or cards without NVLink) there is no answer about links.
+    """
     found: dict[str, Record] = {}
-    heads = list(re.finditer(r"^GPU (\d+): (.*?) \(UUID: ([^)]*)\)$", text, re.MULTILINE))
-    blocks = {}
+    heads = list(HEAD.finditer(text))
+    blocks: dict[int, tuple[re.Match[str], list[re.Match[str]]]] = {}
+    told: dict[int, bool] = {}
     for head in heads:
         rest = text[head.end() :].lstrip("\n").splitlines()
-        rows = [match for row in rest[: next((n for n, row in enumerate(rest) if not LINK.match(row)), len(rest))]
-                if (match := LINK.match(row))]  # fmt: skip
-        if rows or head[1] not in blocks:
-            blocks[head[1]] = (head, rows)
-    with_links = {number: one for number, one in blocks.items() if one[1]}
-    for number, (head, rows) in with_links.items():
-        index = int(number)
+        end = next((n for n, row in enumerate(rest) if not LINK.match(row)), len(rest))
+        rows = [match for row in rest[:end] if (match := LINK.match(row))]
+        index = int(head[1])
+        told[index] = told.get(index, False) or (not rows and NO_LINK.lower() in "".join(rest[:1]).lower())
+        if rows or index not in blocks:
+            blocks[index] = (head, rows)
+    any_links = any(rows for _, rows in blocks.values()) or any(told.values())
+    for index, (head, rows) in blocks.items():
         if not counted:
             _put(found, {"value": head[2]}, "nvmlDeviceGetName", index)
             _put(found, {"value": head[3]}, "nvmlDeviceGetUUID", index)
-        found[key_of("nvml_field", [index, LINK_COUNT, 1])] = {"value": [{"value": len(rows)}]}
-        speeds = [_value(row[2], lambda gigabytes: int(float(gigabytes) * 1000)) for row in rows]
-        found[key_of("nvml_field", [index, LINK_SPEED, len(rows)])] = {"value": speeds}
-        for place, row in enumerate(rows):
-            _put(found, {"value": int(row[2] is not None)}, "nvmlDeviceGetNvLinkState", index, place)
-    if with_links and not counted:
-        _put(found, {"value": len(with_links)}, "nvmlDeviceGetCount")
+        if any_links:
+            _put_links(found, index, rows)
+    if blocks and not counted:
+        # They are numbered from 0 on; one that is left out in between is there and does not answer.
+        _put(found, {"value": max(blocks) + 1}, "nvmlDeviceGetCount")
     return found
+
+
+def _put_links(found: dict[str, Record], index: int, rows: Sequence[re.Match[str]]) -> None:
+    found[key_of("nvml_field", [index, LINK_COUNT, 1])] = {"value": [{"value": len(rows)}]}
+    speeds = [_value(row[2], lambda gigabytes: int(float(gigabytes) * 1000)) for row in rows]
+    found[key_of("nvml_field", [index, LINK_SPEED, len(rows)])] = {"value": speeds}
+    for place, row in enumerate(rows):
+        _put(found, {"value": int(row[2] is not None)}, "nvmlDeviceGetNvLinkState", index, place)
 
 
 def _tree(text: str) -> Iterator[tuple[str, str]]:
@@ -295,6 +376,18 @@ def _fabric(tree: Mapping[str, str]) -> Record:
     cluster = tree.get("Fabric/ClusterUUID", "").replace("-", "")
     clique = tree.get("Fabric/CliqueId", "0")
     status = tree.get("Fabric/Status", "")
+    if status == "N/A" and state.lower() == "completed":
+        return {"problem": "error", "detail": "fabric completed, and its status N/A"}
+    health = {
+        name: _value(tree.get(f"Fabric/Health/{name}", "N/A").lower(), words.__getitem__)
+        for name, (_, words) in FABRIC_HEALTH.items()
+    }
+    strange = next((one for one in health.values() if one.get("problem") == "error"), None)
+    if strange:
+        return {**strange, "detail": f"health of the fabric: {strange['detail']}"}
+    bits = sum(
+        health[name].get("value", 0) << shift for name, (shift, _) in FABRIC_HEALTH.items() if shift >= 0
+    )
     return {
         "value": {
             "state": FABRIC_STATES[state.lower()],
@@ -302,6 +395,8 @@ def _fabric(tree: Mapping[str, str]) -> Record:
             "status": 0 if status in ("Success", "N/A") else 999,
             "cliqueId": int(clique) if clique.isdigit() else 0,
             "clusterUuid": list(bytes.fromhex(cluster)) if re.fullmatch(r"[0-9a-fA-F]{32}", cluster) else [],
+            "healthMask": bits,
+            "healthSummary": health["Summary"].get("value", 0),
         }
     }
 

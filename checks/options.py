@@ -30,7 +30,7 @@ def add_expectations(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--sku", help="part of the GPU's name, as H100")
     group.add_argument("--rails", type=_count, help="RDMA devices that must be up")
-    group.add_argument("--shared", action="store_true", help="other jobs may use this node's GPUs")
+    group.add_argument("--shared", action="store_true", help="other jobs may use this node's other GPUs")
     group.add_argument(
         "--without",
         action="append",

@@ -54,8 +54,8 @@ History = Sequence[Sequence[Outcome]]
 @dataclass(frozen=True)
 class Blame:
     """`node`: it failed with every partner. `rail`: one of its RDMA ports did, others of its ports did not. `link`: its
-    two ends pass with others, and failed together twice. `undetermined`: one of these nodes or what connects them; the
-    measurements do not say which."""
+    two ends pass with others, and failed together twice. `once`: the same, but the second time it passed.
+    `undetermined`: one of these nodes or what connects them; the measurements do not say which."""
 
     kind: str
     nodes: tuple[str, ...]
@@ -125,7 +125,7 @@ def blamed(nodes: Sequence[str], history: History) -> list[Blame]:
         if pair <= good and len(failed) >= 2:
             blames.append(Blame("link", ends, f"{why}; each passes with another node"))
         elif pair <= good and _passed_later(pair, history):
-            blames.append(Blame("undetermined", ends, f"{why}; passed when it was asked again"))
+            blames.append(Blame("once", ends, f"{why}; passed when it was asked again"))
         else:
             blames.append(Blame("undetermined", ends, why))
     covered = {node for blame in blames for node in blame.nodes}

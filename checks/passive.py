@@ -83,4 +83,6 @@ def _has_evidence(check: Check, records: Mapping[str, Record]) -> bool:
 
 
 def _only_unrecorded(result: CheckResult) -> bool:
-    return result.verdict is Verdict.UNKNOWN and Problem.NOT_RECORDED in result.read
+    """Not one of its findings is about something that the capture holds."""
+    findings = result.read.split("; ")
+    return result.verdict is Verdict.UNKNOWN and all(Problem.NOT_RECORDED in one for one in findings)

@@ -68,12 +68,25 @@ def parsed(reading: Reading, parse: Callable[[str], T], what: str = "") -> T | U
 
 def integer(reading: Reading, what: str = "") -> int | Unread:
     """A whole number in decimal, or in hex after 0x."""
-    return parsed(reading, lambda text: int(text, 0 if text.lower().startswith("0x") else 10), what)
+    return parsed(reading, _whole, what)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text, 0 if text.lower().startswith("0x") else 10)
+    except ValueError:
+        raise ValueError("no whole number") from None
 
 
 def line(reading: Reading, what: str = "") -> str | Unread:
     """The first line, without spaces around it; an empty file is an error."""
-    return parsed(reading, lambda text: text.splitlines()[0].strip(), what)
+    return parsed(reading, _first_line, what)
+
+
+def _first_line(text: str) -> str:
+    if not text:
+        raise ValueError("an empty file")
+    return text.splitlines()[0].strip()
 
 
 def shortened(text: str, most: int = 80) -> str:

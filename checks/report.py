@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 
 from checks.facts import Node
 from checks.hostlist import folded
+from checks.pairs import Blame
 from checks.reading import shortened
 from checks.verdict import CheckResult, Verdict, worst
 
@@ -18,10 +19,28 @@ MOST_READINGS = 4
 """Rows of one check and verdict; more become one row with an example."""
 
 
-def json_line(node: str, results: Sequence[CheckResult], traits: Mapping[str, str] | None = None) -> str:
-    """One line that a program reads: the launcher takes one from each node, and may compare their traits."""
+def json_line(
+    node: str,
+    results: Sequence[CheckResult],
+    traits: Mapping[str, str] | None = None,
+    blames: Mapping[str, Sequence[Blame]] | None = None,
+) -> str:
+    """One line that a program reads: the launcher takes one from each node, and may compare their traits.
+
+    `blames` are those of the job, by check; the line holds the ones that name this node, of the checks that were made.
+    """
     line: dict[str, object] = {"node": node, "checks": [asdict(result) for result in results]}
-    return json.dumps(line if traits is None else {**line, "traits": traits})
+    if traits is not None:
+        line["traits"] = traits
+    if blames is not None:
+        made = {result.check for result in results}
+        line["blames"] = [
+            {"check": check, **asdict(one)}
+            for check, each in blames.items()
+            for one in each
+            if check in made and node in one.nodes
+        ]
+    return json.dumps(line)
 
 
 def table(results: Sequence[CheckResult], *, width: int = 120) -> str:

@@ -163,6 +163,10 @@ def packages(*names: str) -> dict[str, str | None]:
 # --- NVML -------------------------------------------------------------------------------------------------
 
 
+class Unsupported(Exception):
+    """The library that asks is older than the question."""
+
+
 def nvml(function: str, *args: Any) -> Any:
     """One NVML call, by name. `nvmlDevice…` takes a GPU's index first; structures come back as dictionaries."""
     import pynvml
@@ -178,6 +182,12 @@ def nvml(function: str, *args: Any) -> Any:
         answer = pynvml.c_nvmlGpuFabricInfoV_t()
         pynvml.nvmlDeviceGetGpuFabricInfoV(arguments[0], ctypes.byref(answer))
         return plain(answer)
+    if not hasattr(pynvml, function):
+        raise Unsupported(f"this nvidia-ml-py has no {function}")
+    if function == "nvmlDeviceGetSramEccErrorStatus":
+        status = pynvml.c_nvmlEccSramErrorStatus_v1_t()
+        pynvml.nvmlDeviceGetSramEccErrorStatus(arguments[0], ctypes.byref(status))
+        return plain(status)
     if function == "nvmlDeviceGetMemoryInfo":
         # Version 2 tells what the driver keeps for itself apart from what is used.
         arguments.append(pynvml.nvmlMemory_v2)
@@ -270,6 +280,8 @@ def answered(op: str, args: list[Any]) -> Answer:
         return {"problem": "not permitted", "detail": f"{error.filename or args}: {error.strerror}"}
     except OSError as error:
         return {"problem": "error", "detail": f"{args[0] if args else op}: {error.strerror or error}"}
+    except Unsupported as error:
+        return {"problem": "unsupported", "detail": str(error)}
     except ModuleNotFoundError as error:
         return {"problem": "missing", "detail": f"Python package {error.name}"}
     except Exception as error:  # noqa: BLE001 (reported to the parent, which makes it an Unread)

@@ -150,7 +150,7 @@ class _Attempt:
         self._master = _master_address(self.allocation)
         clock = time.monotonic()
         judged = self._preflight()
-        if judged is None or not judged.findings:
+        if judged is None or not judged.blocks:
             fabric_findings = self._derive_fabric()
             nodes = (
                 self.allocation.nodes

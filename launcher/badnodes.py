@@ -24,7 +24,7 @@ from launcher.spec import JobSpec
 HOURS = {"fail": 24.0, "hardware": 24.0, "node_failure": 2.0, "unknown": 1.0}
 """How long a node is left out. What was seen to be broken: a day, in which somebody looks. A node that died: Slurm
 itself keeps it out while it is down, and what comes back from a reboot and dies again does so soon. A check that could
-not look: an hour, because the fault may lie in the looking."""
+not look: an hour, because the fault may lie in the looking. So for one end of a bad link: it may be the other one."""
 
 FORGET_DAYS = 30.0
 """Files that nobody wrote to for so long are not read: everything in them has ended."""

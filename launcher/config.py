@@ -274,8 +274,9 @@ def _spec(chosen: _Chosen, args: Mapping[str, Any], merged: Mapping[str, Any], s
     if container.kind != "none" and not container.image:
         raise UserError(f"container.kind={container.kind}: container.image= is missing")
     expected = Expected(
-        settings.get("checks.sku"), settings.get("checks.rails"), settings.get("checks.without", ())
-    )
+        settings.get("checks.sku"), settings.get("checks.rails"), settings.get("checks.without", ()),
+        settings.get("checks.links", Expected.links),
+    )  # fmt: skip
     _check_names(expected.without)
     plain = {
         key: settings[key]
@@ -311,7 +312,7 @@ def _check_names(names: Sequence[str]) -> None:
     """Raise UserError for a check that does not exist: on a node it would cost a start."""
     if not names:
         return
-    from checks.catalog import UnknownCheck, named  # 45 checks, which most commands have no use for
+    from checks.catalog import UnknownCheck, named  # many checks, which most commands have no use for
 
     try:
         named(names, None)

@@ -25,7 +25,7 @@ from checks.report import folded_table
 from checks.verdict import CheckResult, Verdict
 from launcher.allocation import Allocation
 from launcher.spec import JobSpec
-from launcher.verdicts import BLOCKING, Judged, findings_of, silent
+from launcher.verdicts import BLOCKING, Judged, findings_of, judged_of, silent
 
 LOOKING_SECONDS = 16
 """What looking may take on a node, and each answer in proportion: 20 s are usual in a job. Less would take a
@@ -66,13 +66,21 @@ def run(
         _vote(reports)
     if spec.preflight == "full" and not findings_of(reports):
         reports += _under_load(spec, allocation, python, environment)
-    judged = Judged(nodes or tuple(report["node"] for report in reports[:1]), tuple(findings_of(reports)))
+    judged = judged_of(
+        nodes or tuple(report["node"] for report in reports[:1]),
+        reports,
+        over_links=spec.checks.links == "go_on",
+        earlier=pairs_earlier(attempt_dir.parent, attempt_dir),
+    )
     seconds = time.monotonic() - began
     _write(attempt_dir / "preflight.json", spec, reports, judged, seconds)
     if tier != "minimal":
         _tell(reports, seconds, say)
     for finding in judged.findings if tier == "minimal" else ():
         say(f"preflight: {finding}")
+    if spec.checks.links == "go_on":
+        for link in judged_of(judged.nodes, reports).links:
+            say(f"preflight: {link}; the run goes on over it, as checks.links=go_on says")
     return judged
 
 
@@ -101,6 +109,16 @@ def failed_earlier(run_dir: Path, attempt_dir: Path) -> dict[str, str]:
                 content["findings"] if isinstance(content, dict) else []
             )  # an older launcher wrote reports alone
             found |= {one["check"]: one["node"] for one in listed}
+    return found
+
+
+def pairs_earlier(run_dir: Path, attempt_dir: Path) -> list[frozenset[str]]:
+    """Pairs of nodes that earlier attempts of the run blamed together."""
+    found: list[frozenset[str]] = []
+    for path in sorted(run_dir.glob("attempt-*/preflight.json")):
+        content = json.loads(path.read_text()) if path.parent != attempt_dir else None
+        if isinstance(content, dict):  # an older launcher wrote reports alone
+            found += [frozenset(link["nodes"]) for link in content.get("links", ())]
     return found
 
 
@@ -205,6 +223,7 @@ def _write(
         "expected": expectations(spec),
         "suspects": judged.suspects,
         "findings": [asdict(finding) for finding in judged.findings],
+        "links": [{"check": link.check, **asdict(link.blame)} for link in judged.links],
         "nodes": reports,
     }
     path.write_text(json.dumps(content, indent=1))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from launcher.spec import ContainerKind, Launch, Preflight, UserError
+from launcher.spec import ContainerKind, Launch, Links, Preflight, UserError
 from launcher.suggest import did_you_mean, nearest
 
 
@@ -188,6 +188,9 @@ SETTINGS: Mapping[str, Setting] = {
     "checks.sku": Setting("part of the GPU's name that every node must have: H100", text),
     "checks.rails": Setting("RDMA devices that must be up on every node", _whole(0)),
     "checks.without": Setting("checks that the nodes have no evidence for, with commas", items),
+    "checks.links": Setting(
+        "a bad link: leave out one of its nodes, or go on over it", _choice(get_args(Links)), get_args(Links)
+    ),
     "container.kind": Setting(
         "what runs the container", _choice(get_args(ContainerKind)), get_args(ContainerKind)
     ),

@@ -15,6 +15,7 @@ Executor = Literal["slurm", "local", "debug"]
 Launch = Literal["srun", "torchrun"]
 ContainerKind = Literal["none", "pyxis", "apptainer"]
 Preflight = Literal["off", "minimal", "passive", "full"]
+Links = Literal["leave_out", "go_on"]
 """Each tier holds the one before it: a few things, everything that can be read without load, everything under load."""
 
 
@@ -46,6 +47,8 @@ class Expected:
     """RDMA devices that are up."""
     without: tuple[str, ...] = ()
     """Checks and subjects that the nodes have no evidence for."""
+    links: Links = "leave_out"
+    """What a link between two nodes does that fell short or hung: one of its ends is left out, or the run goes on."""
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,10 @@ def test_swallowed_errors_are_seen(code: str, lines: list[int]) -> None:
 # --- nothing of one machine -------------------------------------------------------------------------------
 
 # Put together from pieces, so that this file passes its own test.
-MACHINE_PATH = re.compile(r"(?<![\w.}~-])/(?:" + "|".join(("wo" + "rk", "ro" + "ot", "op" + "t")) + r")/")
+# Where Amazon's EFA installer puts its tools is the same on every machine that has it.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.}~-])/(?:" + "|".join(("wo" + "rk", "ro" + "ot", "op" + "t")) + r")/(?!amazon/efa/)"
+)
 REGISTRY_HOSTS = tuple(
     ".".join(parts)
     for parts in (
@@ -154,6 +157,8 @@ def test_machine_words_are_seen() -> None:
     for word in ("cd /wo" + "rk/main", "'/ro" + "ot/x'", "https://" + REGISTRY_HOSTS[0]):
         assert list(machine_words(f"one\n{word}\n")) == [f"line 2: {word}"]
     assert list(machine_words("runs/wo" + "rk/x and $HOME/ro" + "otless and ~/op" + "t/x")) == []
+    assert list(machine_words("/op" + "t/amazon/efa/bin/fi_info")) == []
+    assert list(machine_words("/op" + "t/amazon/x")) != []
 
 
 # --- looking ----------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def _as_typed(spec: JobSpec) -> dict[str, Any]:
             "sku": spec.checks.sku,
             "rails": spec.checks.rails,
             "without": list(spec.checks.without),
+            "links": spec.checks.links,
         },
         "container": {
             "kind": spec.container.kind,

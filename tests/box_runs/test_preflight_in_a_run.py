@@ -172,6 +172,22 @@ def test_a_node_that_hangs_with_every_partner_is_named_and_the_run_goes_on_witho
     assert list(on_record(launcher)) == ["n2"]
 
 
+def test_of_a_pair_that_hangs_one_node_is_left_out_and_the_run_says_which_link_and_why(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """Of two nodes alone nobody can say whose fault it is: one goes, and a spare takes its place."""
+    words = ("nodes=2", "spares=1", "preflight=full", "env.CHECKS_TRIAL=n2 stop")
+    run = submitted(launcher, patient(tmp_path), *words)
+    first = ended(run, seconds=300)
+    assert first["reason"].startswith("preflight: n1 or n2 or what connects them: "), first
+    assert "hung at: all_reduce" in first["reason"]
+    assert "leaving out n2 leaves no such pair" in first["reason"]
+    assert (first["tasks_started"], first["action"], first["excluded"]) == (None, "restarted", ["n2"])
+    assert report_of(run, 1)["links"][0]["nodes"] == ["n1", "n2"]
+    second = ended(run, 2, seconds=300)
+    assert (second["cause"], second["nodes"]) == ("done", ["n1", "n3"])
+
+
 def put_on_record(launcher: Launcher, node: str) -> None:
     cluster = re.search(
         r"^ClusterName\s*=\s*(\S+)", launcher.slurm("scontrol", "show", "config"), re.MULTILINE

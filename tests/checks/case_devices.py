@@ -46,6 +46,18 @@ DEVICES: dict[str, Case] = {
             one(nvml("nvmlDeviceGetRemappedRows", 1), [0, 0], UNKNOWN, "remapped rows"),
         ]
     ),
+    "gpu.repair": Case(
+        [
+            one(
+                nvml("nvmlDeviceGetSramEccErrorStatus", 1), {"value": {"bThresholdExceeded": 1}}, FAIL, "SRAM"
+            ),
+            one(nvml("nvmlDeviceGetSramEccErrorStatus", 1), {"value": {}}, UNKNOWN, "bThresholdExceeded"),
+            one(nvml("nvmlDeviceGetRepairStatus", 0), [1, 0], FAIL, "a channel repair"),
+            one(nvml("nvmlDeviceGetRepairStatus", 0), [1, 1], FAIL, "channel and TPC"),
+            one(nvml("nvmlDeviceGetRepairStatus", 0), [1], UNKNOWN, "repairs"),
+            one(nvml("nvmlDeviceGetUnrepairableMemoryFlag_v1", 1), 1, FAIL, "cannot be repaired"),
+        ]
+    ),
     "gpu.xid": Case(
         [
             *(

@@ -16,6 +16,8 @@ def rails(names: str) -> dict[str, Record]:
     return environment(PASS, "", NCCL_IB_HCA=names).answers  # type: ignore[return-value]
 
 
+EFA_TOOL = "run /opt/amazon/efa/bin/fi_info -p efa"
+
 OTHERS: dict[str, Case] = {
     "rdma.devices": Case(
         [one("list /sys/class/infiniband", ["mlx5_0"], FAIL, "1 of 1")], expected={"rails": 2}, missing=FAIL
@@ -101,7 +103,23 @@ OTHERS: dict[str, Case] = {
         missing=WARN,  # a tool that few images hold must not keep every job from starting
     ),
     "efa.libfabric": Case(
-        [one("run fi_info -p efa", "fi_getinfo: -61\n", FAIL, "no provider efa")], fabric="efa"
+        [
+            one("run fi_info -p efa", "fi_getinfo: -61\n", FAIL, "fi_info names no provider efa"),
+            one(
+                "run fi_info -p efa", problem("missing"), UNKNOWN, "on PATH and at the EFA installer's place"
+            ),
+            Fault(
+                {"run fi_info -p efa": problem("missing"), EFA_TOOL: value("fi_getinfo: -61\n")},
+                FAIL,
+                "/opt/amazon/efa/bin/fi_info names no provider efa",
+            ),
+            Fault(
+                {"run fi_info -p efa": problem("missing"), EFA_TOOL: problem("timed out")},
+                UNKNOWN,
+                "timed out",
+            ),
+        ],
+        fabric="efa",
     ),
     "gdr.support": Case(
         [
@@ -215,15 +233,23 @@ OTHERS: dict[str, Case] = {
     ),
     "env.interface": Case(
         [
-            environment(FAIL, "NCCL_SOCKET_IFNAME=ib: no such", NCCL_SOCKET_IFNAME="ib"),
-            environment(FAIL, "GLOO_SOCKET_IFNAME=eth: no such", GLOO_SOCKET_IFNAME="eth"),
+            environment(
+                FAIL, "NCCL_SOCKET_IFNAME=ib (environment): no interface that is up", NCCL_SOCKET_IFNAME="ib"
+            ),
+            environment(FAIL, "there is no interface eth that is up", GLOO_SOCKET_IFNAME="eth"),
+            environment(FAIL, "TP_SOCKET_IFNAME=eth9", TP_SOCKET_IFNAME="eth9"),
+            environment(WARN, "'ib7' matches no interface", NCCL_SOCKET_IFNAME="=eth0,ib7"),
             Fault({"read /sys/class/net/eth0/operstate": value("down\n")}, FAIL, "eth0 is down"),
         ]
     ),
     "env.hca": Case(
         [
-            environment(FAIL, "NCCL_IB_HCA=mlx5_7: no such", NCCL_IB_HCA="mlx5_7"),
-            environment(FAIL, "GID_INDEX=1 is no RoCE v2", NCCL_IB_GID_INDEX="1"),
+            environment(FAIL, "NCCL_IB_HCA=mlx5_7 (environment): no active port", NCCL_IB_HCA="mlx5_7"),
+            environment(WARN, "there is no device 'mlx5_7'", NCCL_IB_HCA="=mlx5_0,mlx5_7"),
+            environment(FAIL, "mlx5_0:1 has none there", NCCL_IB_GID_INDEX="1"),
+            environment(FAIL, "mlx5_0:1 has IB/RoCE v1 there", NCCL_IB_GID_INDEX="2"),
+            environment(FAIL, "no number", NCCL_IB_GID_INDEX="three"),
+            environment(WARN, "neither an active port", UCX_NET_DEVICES="mlx5_7:1"),
         ],
         fabric="roce",
     ),
@@ -231,6 +257,7 @@ OTHERS: dict[str, Case] = {
         [
             environment(FAIL, "NCCL_IB_DISABLE=1", NCCL_IB_DISABLE="1"),
             environment(FAIL, "NCCL_NET=Socket", NCCL_NET="Socket"),
+            environment(FAIL, "NCCL_NET=IB and NCCL_IB_DISABLE=1", NCCL_NET="IB", NCCL_IB_DISABLE="1"),
             environment(WARN, "NCCL_P2P_DISABLE=1", NCCL_P2P_DISABLE="1"),
         ]
     ),

@@ -100,6 +100,9 @@ def _gpus() -> dict[str, Record]:
             ("nvmlDeviceGetMemoryErrorCounter", index, 0, 1, 7): 0,
             ("nvmlDeviceGetMemoryErrorCounter", index, 0, 1, 2): 0,
             ("nvmlDeviceGetRemappedRows", index): [0, 0, 0, 0],
+            ("nvmlDeviceGetSramEccErrorStatus", index): {"aggregateCor": 0, "bThresholdExceeded": 0},
+            ("nvmlDeviceGetRepairStatus", index): [0, 0],
+            ("nvmlDeviceGetUnrepairableMemoryFlag_v1", index): 0,
             ("nvmlDeviceGetCurrentClocksEventReasons", index): IDLE,
             ("nvmlDeviceGetTemperature", index, 0): 41,
             ("nvmlDeviceGetMarginTemperature", index): 46,
@@ -110,6 +113,7 @@ def _gpus() -> dict[str, Record]:
             ("nvmlDeviceGetComputeRunningProcesses", index): [],
             ("nvmlDeviceGetGpuFabricInfoV", index): {
                 "state": 3, "status": 0, "cliqueId": 0, "clusterUuid": [0] * 16, "healthMask": 0,
+                "healthSummary": 0,
             },
         }  # fmt: skip
         answers |= {("nvmlDeviceGetNvLinkState", index, link): 1 for link in range(18)}
@@ -176,6 +180,7 @@ def _rdma(fabric: str) -> dict[str, Record]:
         ),
         "read /proc/driver/nvidia/version": value(OPEN_MODULE),
         "run fi_info -p efa": value(FI_INFO),
+        "run /opt/amazon/efa/bin/fi_info -p efa": problem("missing"),
         "list /sys/class/net": value(["eth0", "lo"]),
         # net/ipv4/fib_trie.c, fib_route_seq_show.
         "read /proc/net/route": value(

@@ -101,7 +101,8 @@ def test_a_rank_that_did_not_finish_has_measured_no_collective(trouble: str, ver
     ("blame", "verdict"),
     [
         (Blame("node", ("n1",), "slow"), Verdict.FAIL),
-        (Blame("link", ("n1", "n2"), "slow"), Verdict.WARN),
+        (Blame("link", ("n1", "n2"), "slow"), Verdict.FAIL),
+        (Blame("once", ("n1", "n2"), "slow"), Verdict.WARN),
         (Blame("undetermined", ("n1", "n2"), "slow"), Verdict.UNKNOWN),
         (Blame("node", ("n3",), "slow"), Verdict.PASS),
     ],
@@ -116,7 +117,8 @@ def test_what_the_pairs_came_to_is_said_of_the_nodes_that_it_names(blame: Blame,
     [
         (Blame("rail", ("n1",), "slow", ("mlx5_1",)), Verdict.FAIL, "mlx5_1: this node's port or cable"),
         (Blame("node", ("n1",), "slow", ("mlx5_0", "mlx5_1")), Verdict.FAIL, "mlx5_0: this node"),
-        (Blame("link", ("n1", "n2"), "slow", ("mlx5_1",)), Verdict.WARN, "mlx5_1: the link to n2"),
+        (Blame("link", ("n1", "n2"), "slow", ("mlx5_1",)), Verdict.FAIL, "mlx5_1: the link to n2"),
+        (Blame("once", ("n1", "n2"), "slow", ("mlx5_1",)), Verdict.WARN, "mlx5_1: with n2: slow"),
         (Blame("undetermined", ("n1", "n2"), "slow", ("mlx5_1",)), Verdict.UNKNOWN, "mlx5_1: undetermined"),
         (Blame("rail", ("n2",), "slow", ("mlx5_1",)), Verdict.PASS, "2 rails: 45 to 391 Gb/s"),
         (Blame("rail", ("n3",), "slow", ("mlx5_1",)), Verdict.UNKNOWN, "undetermined, mlx5_1 to n2"),
@@ -140,6 +142,20 @@ def test_a_collective_that_hangs_with_another_node_is_that_nodes_fault(kind: str
         (one,) = judged("net.all_reduce", hung, job=job)
         assert one.verdict is (verdict if kind in ("node", "rail") else Verdict.UNKNOWN)
         assert ("because of n3" in one.read) == (one.verdict is Verdict.WARN)
+
+
+@pytest.mark.parametrize(
+    ("kind", "verdict"),
+    [("link", Verdict.WARN), ("undetermined", Verdict.WARN), ("once", Verdict.UNKNOWN)],
+)
+def test_a_collective_that_hangs_over_a_bad_link_is_the_links_fault(kind: str, verdict: Verdict) -> None:
+    """Or every node would have it, and what blocks on every node is nobody's fault. A pair that passes now is none."""
+    hung = changed(("ranks", 0, "trouble"), "hung at: all_reduce of 65536 bytes")
+    for ends in (("n1", "n2"), ("n3", "n4")):
+        job = replace(JOB, blames=(Blame(kind, ends, "hung"),))
+        (one,) = judged("net.all_reduce", hung, job=job)
+        assert one.verdict is verdict
+        assert (f"because of {' - '.join(ends)}" in one.read) == (verdict is Verdict.WARN)
 
 
 def test_a_job_without_rails_misses_none_and_one_with_rails_has_ports() -> None:

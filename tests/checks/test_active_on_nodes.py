@@ -60,7 +60,7 @@ def test_a_node_that_is_slow_is_named(box: boxes.Box) -> None:
 def test_a_link_that_is_slow_is_no_node(box: boxes.Box) -> None:
     _, out, _ = checked(box, PATIENT, CHECKS_TRIAL="n1-n2 slow")
     assert "link: n1 - n2: " in out, out
-    assert "leave out" not in out
+    assert "leave out: sbatch --exclude=n2\nof n2 it is not known that they are bad" in out, out
 
 
 def test_one_task_of_a_step_conducts_and_the_others_go_home(box: boxes.Box) -> None:

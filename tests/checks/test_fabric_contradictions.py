@@ -6,9 +6,19 @@ import dataclasses
 
 import pytest
 
+from checks import catalog, fabric_contradictions, judge_environment
+from checks.collect import collect_node
+from checks.collect_host import ENVIRONMENT
+from checks.evidence import Recorded, key_of
+from checks.expectations import Expectations
 from checks.fabric_environment import derive
 from checks.fabric_facts import FabricFacts, FabricKind
+from checks.fabric_reading import collected
+from checks.given import given_by
+from checks.registry import judge
+from checks.verdict import Verdict
 from tests.checks.machines import aws, azure, dgx, gcp, given, oci
+from tests.checks.nodes import healthy, with_answers
 
 OCI_V1_INDEX, OCI_LINK_LOCAL_INDEX = "2", "1"
 
@@ -120,3 +130,41 @@ def test_a_long_value_is_cut_in_the_line() -> None:
     ).warnings
     assert "..." in line.partition(" (")[0]
     assert len(line.partition(" (")[0]) < 80
+
+
+def test_each_variable_is_judged_in_one_place_and_each_becomes_a_verdict_in_one_check() -> None:
+    named = [*judge_environment.INTERFACES, *judge_environment.DEVICES, *judge_environment.TRANSPORTS]
+    assert sorted(named) == sorted(fabric_contradictions.VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "verdict"),
+    [
+        ("NCCL_SOCKET_IFNAME", "ib", Verdict.FAIL),
+        ("NCCL_SOCKET_IFNAME", "=eth0,ib7", Verdict.WARN),
+        ("NCCL_IB_HCA", "mlx5_9", Verdict.FAIL),
+        ("NCCL_IB_DISABLE", "1", Verdict.FAIL),
+    ],
+)
+def test_the_preflight_and_the_fabrics_variables_say_the_same_of_a_node(
+    variable: str, value: str, verdict: Verdict
+) -> None:
+    """The same words from both, so that they cannot drift apart."""
+    records = with_answers(healthy(), {key_of("environment", ENVIRONMENT): {"value": {variable: value}}})
+    expected = Expectations(gpus=2, fabric="infiniband")
+    node = collect_node(Recorded(records), "n1", expected)
+    results = judge(node, expected, catalog.named(["env"], "passive"))
+    (result,) = [one for one in results if one.verdict is not Verdict.PASS]
+    warned = derive(collected(node), "infiniband", given_by({variable: value}, "environment")).warnings
+    assert (result.verdict, result.read) == (verdict, "; ".join(warned))
+
+
+def test_a_job_within_one_machine_may_name_lo() -> None:
+    environment = {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
+    changes = {key_of("environment", ENVIRONMENT): {"value": environment}}
+    changes["read /sys/class/net/lo/operstate"] = {"value": "unknown\n"}
+    for fabric, verdict in (("none", Verdict.PASS), ("infiniband", Verdict.WARN)):
+        expected = Expectations(gpus=2, fabric=fabric)
+        node = collect_node(Recorded({**healthy(), **changes}), "n1", expected)
+        (result,) = judge(node, expected, catalog.named(["env.interface"], "passive"))
+        assert result.verdict is verdict, result

@@ -97,12 +97,12 @@ def test_all_nodes_bad_is_undetermined_for_each() -> None:
     assert {blame.kind for blame in blames} == {"undetermined"}
 
 
-def test_a_failure_that_does_not_come_back_is_undetermined() -> None:
+def test_a_failure_that_does_not_come_back_is_said_and_no_more() -> None:
     nodes, history = names(4), []
     while pairs := next_round(nodes, history):
         first = not history
         history.append([Outcome(pair, not (first and pair.a == "n1"), "slow") for pair in pairs])
-    assert [(blame.kind, blame.nodes) for blame in blamed(nodes, history)] == [("undetermined", ("n1", "n2"))]
+    assert [(blame.kind, blame.nodes) for blame in blamed(nodes, history)] == [("once", ("n1", "n2"))]
     assert "passed when it was asked again" in blamed(nodes, history)[0].why
 
 

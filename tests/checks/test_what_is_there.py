@@ -191,12 +191,6 @@ def test_a_long_list_of_bridges_is_cut_and_says_so() -> None:
     assert judged(many, Expectations(gpus=2))["pcie.acs"].read.endswith("and 4 more")
 
 
-def test_jobs_that_share_a_node_do_not_mind_each_other() -> None:
-    busy = {key_of("nvml", ["nvmlDeviceGetMemoryInfo", 1]): value({"total": 1 << 36, "used": 1 << 30})}
-    assert judged(busy, Expectations(gpus=2))["gpu.memory"].verdict is Verdict.FAIL
-    assert "gpu.memory" not in judged(busy, Expectations(gpus=2, exclusive=False))
-
-
 def test_what_mig_mode_holds_and_hides_is_no_failure() -> None:
     changes = {key_of("nvml", ["nvmlDeviceGetMemoryInfo", 1]): value({"total": 1 << 36, "used": 59 << 20})}
     changes |= {key_of("nvml", ["nvmlDeviceGetRemappedRows", 1]): problem("unsupported")}
@@ -249,3 +243,25 @@ def test_repeated_errors_say_how_often() -> None:
         == "Xid 119 on 0000:9b:00 (2 times)"
     )
     assert judged({"run dmesg": value(line)}, Expectations())["gpu.xid"].read == "Xid 119 on 0000:9b:00"
+
+
+@pytest.mark.parametrize(
+    ("on_path", "tool"),
+    [
+        (value("provider: efa\n    domain: rdmap0s6-rdm\n"), "fi_info"),
+        (problem("missing"), "/opt/amazon/efa/bin/fi_info"),
+        # A distribution's libfabric, built without EFA, comes first on PATH: fi_getinfo finds no data (FI_ENODATA).
+        (value("fi_getinfo: -61 (No data available)\n"), "/opt/amazon/efa/bin/fi_info"),
+        (problem("error"), "/opt/amazon/efa/bin/fi_info"),
+    ],
+)
+def test_the_installers_fi_info_is_asked_where_the_one_on_path_knows_no_efa(
+    on_path: dict[str, object], tool: str
+) -> None:
+    records = healthy("efa")
+    records["run fi_info -p efa"] = on_path
+    records["run /opt/amazon/efa/bin/fi_info -p efa"] = value("provider: efa\n    domain: rdmap0s6-rdm\n")
+    expected = Expectations(gpus=2, fabric="efa")
+    node = collect_node(Recorded(records), "n1", expected)
+    (result,) = judge(node, expected, catalog.named(["efa.libfabric"], "passive"))
+    assert (result.verdict, result.read) == (Verdict.PASS, f"1 domains, says {tool}")

@@ -51,7 +51,7 @@ def test_every_fabric_says_its_kind_and_does_not_contradict_itself(name: str) ->
     loaded = load_fabric(name, environment={})
     assert loaded.kind == name
     machine = FabricFacts("n")
-    lines = find(machine, loaded.kind, given_by(loaded.environment, loaded.file), Rails())
+    lines = map(str, find(machine, loaded.kind, given_by(loaded.environment, loaded.file), Rails()))
     assert [
         line for line in lines if "another transport" in line or "turns off" in line or "does not use" in line
     ] == []
