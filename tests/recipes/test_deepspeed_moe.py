@@ -7,6 +7,9 @@ and 5e-5 of the norm.
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from recipes.lib.flops import flops_per_token, parameter_count
 from recipes.lib.model import initial_values
 from tests.recipes import moe_parity  # noqa: F401 (the mixtures are techniques from here on)
 from tests.recipes.parity import SAVED_AT, SIZE, STEPS, Case, Outcome, launch, make_data, run_cases
-from tests.recipes.test_training import start
+from tests.recipes.test_training import metrics_of, start
 
 # The first test waits for every process of the file: a minute on two idle cores, several on busy ones.
 pytestmark = pytest.mark.timeout(900)
@@ -323,3 +326,26 @@ def test_experts_are_spread_over_ranks_that_they_divide() -> None:
         with pytest.raises(ArgumentError, match=said):
             DeepSpeedMoeArgs(**args).check_ranks(ranks, ranks)
     DeepSpeedMoeArgs(batch_size=8).check_ranks(64, 8)  # ranks without a sequence: nothing but padding
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_on_gpus_it_learns_and_goes_on(stage: int, tmp_path: Path) -> None:
+    words = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "recipes.ch5.deepspeed_moe",
+    ]
+    words += [f"stage={stage}", "data=stdlib", "sequence_length=64", "save_every=5"]
+    run = {**os.environ, "RUN_DIR": str(tmp_path / "run"), "CACHE_DIR": str(tmp_path)}
+    for steps in (5, 8):
+        command = [sys.executable, "-m", *words, f"steps={steps}"]
+        subprocess.run(command, cwd=Path(__file__).parents[2], env=run, check=True)
+    lines = metrics_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert read_history(tmp_path / "run" / LOAD_FILE).wanted_TLE.shape[0] == 8
