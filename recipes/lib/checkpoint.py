@@ -206,12 +206,11 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
         raise CheckpointMismatch(f"{folder}: {error}") from None
     if found.stack != trained.stack:
         raise CheckpointMismatch(f"{folder} was written by {found.stack}; this recipe reads {trained.stack}")
-    for name, value in trained.facts.items():
-        if found.facts.get(name) != value:
-            raise CheckpointMismatch(
-                f"{folder} was trained with {name}={found.facts.get(name)}, this run has {name}={value}: "
-                "set it back, or start another run"
-            )
+    for name in {**trained.facts, **found.facts}:  # also those that this run lacks, such as experts
+        theirs, ours = (_said(name, facts) for facts in (found.facts, trained.facts))
+        if theirs != ours:
+            problem = f"{folder} was trained with {theirs}, this run has {ours}"
+            raise CheckpointMismatch(f"{problem}: set it back, or start another run")
     state = state_of(trained, Progress(), world)
     random_key = _random_key(world)
     if random_key not in filesystem.FileSystemReader(folder).read_metadata().state_dict_metadata:
@@ -230,6 +229,10 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
     if random_key in state:
         _set_random_state(state[random_key], world)
     return Progress(**json.loads(state["progress"]))
+
+
+def _said(name: str, facts: dict[str, Any]) -> str:
+    return f"{name}={facts[name]}" if name in facts else f"no {name}"
 
 
 def _load(state: dict[str, Any], folder: Path, world: World) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def export(source: Path, target: Path, dtype: torch.dtype | None = None) -> None
         raise CannotExport(f"{source}: {error}") from None
     if not described.model:
         raise CannotExport(f"{source}: its manifest does not say how large the model is")
+    if described.model.get("experts"):
+        raise CannotExport(f"{source}: it has experts, and what is written here is a dense Llama-type model")
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f"{target.name}.tmp")
     if beside.exists():

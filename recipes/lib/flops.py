@@ -22,8 +22,14 @@ class FlopsPerToken:
 
 def parameter_count(size: ModelSize) -> int:
     """Parameters of the model; a tied embedding counts once."""
+    return _parameters(size, size.experts or 1)
+
+
+def _parameters(size: ModelSize, networks: int) -> int:
+    """With so many feed-forward networks in each layer."""
     attention = size.width * size.head_dim * (2 * size.heads + 2 * size.kv_heads)
-    layer = attention + 3 * size.width * size.ffn_width + 2 * size.width
+    feed_forward = networks * 3 * size.width * size.ffn_width + size.experts * size.width
+    layer = attention + feed_forward + 2 * size.width
     tables = 1 if size.tied else 2
     return size.layers * layer + size.width + tables * size.vocab_size * size.width
 
@@ -35,7 +41,7 @@ def flops_per_token(size: ModelSize, sequence_length: int) -> FlopsPerToken:
     so that tied and untied models of one shape cost the same.
     """
     looked_up = 0 if size.tied else size.vocab_size * size.width
-    multiplied = 6.0 * (parameter_count(size) - looked_up)
+    multiplied = 6.0 * (_parameters(size, size.experts_per_token or 1) - looked_up)
     attention = 12.0 * size.layers * size.heads * size.head_dim * sequence_length
     return FlopsPerToken(full=multiplied + attention, causal=multiplied + attention / 2)
 

@@ -37,6 +37,10 @@ class ModelSize:
     """Positions of the longest sequence that it was made for; 0: any (sizes that nobody publishes weights of)."""
     norm_epsilon: float = 1e-5
     rope_scaling: RopeScaling | None = None
+    experts: int = 0
+    """Feed-forward networks in each layer; 0: one, and no router."""
+    experts_per_token: int = 0
+    """Of these, those that work on a token."""
 
     @property
     def head_dim(self) -> int:

@@ -403,6 +403,7 @@ def _facts(plan: Plan) -> dict[str, object]:
         "sequence_length": plan.args.sequence_length,
         "batch_size": plan.args.batch_size,
         "seed": plan.args.seed,
+        **({"experts": plan.size.experts} if plan.size.experts else {}),
     }
 
 
