@@ -1,0 +1,164 @@
+"""DeepSpeed and Megatron-Core keep the contract of the launcher: what is announced as saved is never lost.
+
+As in test_conformance: real faults, between the first save and the last step, in runs that `sbatch` started. At the same
+number of ranks every loss equals the undisturbed run's bit for bit, also where a stack writes its own files; at another
+number only the order of summation differs. Each case takes two nodes; those marked `thorough` take minutes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.box_runs.conformance import (
+    OTHER_ORDER,
+    Started,
+    check,
+    frozen,
+    in_a_save,
+    in_a_step,
+    losses_by_step,
+    start,
+    stop,
+)
+from tests.box_runs.support import Launcher, ended
+
+Losses = dict[int, float]
+
+thorough = pytest.mark.skipif(
+    "THOROUGH" not in os.environ, reason="a minute or two of two cores each; THOROUGH=1 runs them"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A recipe of chapter 5 and its arguments; ranks per node."""
+
+    recipe: str
+    words: tuple[str, ...] = ()
+    tasks_per_node: int = 1
+
+
+SLICED = ("args.stage=3", "args.persistence_threshold=100")
+"""By default parameters as small as this model's stay whole."""
+WAYS = {
+    "zero1": Way("ch5_deepspeed", ("args.stage=1",)),
+    "zero2": Way("ch5_deepspeed", ("args.stage=2",)),
+    "zero3": Way("ch5_deepspeed", SLICED),
+    "zero3-host": Way(
+        "ch5_deepspeed", (*SLICED, "args.offload_optimizer=cpu", "args.offload_parameters=cpu")
+    ),
+    "pipeline": Way("ch5_deepspeed_pipeline", ("args.microbatch_size=3",)),
+    "megatron-tensor": Way("ch5_megatron", ("args.microbatch_size=6", "args.tensor_parallel=2")),
+    "megatron-stages": Way(
+        "ch5_megatron",
+        ("args.microbatch_size=3", "args.pipeline_parallel=2", "args.stages_per_rank=2"),
+    ),
+    "megatron-copies": Way("ch5_megatron", ("args.microbatch_size=6",)),
+}
+
+PYTHON = """\
+#!/bin/sh
+for word do
+    shift
+    case "$word" in recipes.ch5.*) set -- "$@" tests.recipes.megatron_on_cpu ;; esac
+    set -- "$@" "$word"
+done
+exec {python} "$@"
+"""
+
+
+@pytest.fixture(scope="session")
+def lending_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter for `python=` in which Megatron-Core computes on a CPU: it starts chapter 5's recipes through
+    tests.recipes.megatron_on_cpu. So the launcher, its files and its words are those of a cluster with GPUs."""
+    file = tmp_path_factory.mktemp("megatron") / "python"
+    file.write_text(PYTHON.format(python=shlex.quote(sys.executable)))
+    file.chmod(0o755)
+    return file
+
+
+@dataclasses.dataclass(frozen=True)
+class Starter:
+    """Starts a way on two nodes, and knows its losses when nothing happens."""
+
+    launcher: Launcher
+    folder: Path
+    python: Path
+    found: dict[str, Losses]
+
+    def __call__(self, name: str, folder: str = "job", tasks_per_node: int = 1) -> Started:
+        way = WAYS[name]
+        lent = (f"python={self.python}",) if way.recipe == "ch5_megatron" else ()
+        words = (f"tasks_per_node={tasks_per_node}", *lent, *way.words)
+        return start(self.launcher, self.folder / folder, *words, recipe=way.recipe)
+
+    def undisturbed(self, name: str) -> Losses:
+        """Of two ranks, one on each node."""
+        if name not in self.found:
+            started = self(name, "undisturbed")
+            assert ended(started.run)["cause"] == "done"
+            self.found[name] = losses_by_step(started.run)
+        return self.found[name]
+
+
+@pytest.fixture
+def starter(
+    launcher: Launcher, tmp_path: Path, lending_python: Path, found: dict[str, Losses]
+) -> Starter:
+    return Starter(launcher, tmp_path, lending_python, found)
+
+
+Moment = Callable[[Started], Callable[[], bool]]
+
+
+def ways(*in_every_suite: str) -> list[object]:
+    """All of WAYS; those that are not named only where one asks for all."""
+    return [name if name in in_every_suite else pytest.param(name, marks=thorough) for name in WAYS]
+
+
+@pytest.mark.parametrize("name", ways("zero2", "megatron-tensor"))
+def test_a_requeue_in_a_save(starter: Starter, name: str) -> None:
+    reference = starter.undisturbed(name)
+    started = starter(name)
+    with frozen(started, in_a_save(started)):
+        starter.launcher.slurm("scontrol", "requeue", started.run.jobs()[0]["job_id"])
+    started.goes_on()
+    first, _ = check(started, reference, ["requeued", "done"])
+    assert first["saved_out"] == first["step_out"], "there was time, and the last step was not saved"
+    assert started.job()["Restarts"] == "1"
+
+
+@pytest.mark.parametrize("moment", [in_a_step, in_a_save])
+@pytest.mark.parametrize("name", ways())
+def test_the_kill_of_one_rank(starter: Starter, name: str, moment: Moment) -> None:
+    reference = starter.undisturbed(name)
+    started = starter(name)
+    with frozen(started, moment(started)) as ranks:
+        saved = started.saved()
+        os.kill(ranks[1], signal.SIGKILL)
+    first, second = check(started, reference, ["killed", "done"])
+    assert (first["rank"], first["action"]) == (1, "restarted")
+    assert first["saved_out"] == second["saved_in"] == saved, "a save that no rank finished counts"
+    assert second["job_id"] == first["job_id"]
+
+
+@pytest.mark.parametrize("name", ways("zero3"))
+def test_four_ranks_then_two_then_four(starter: Starter, name: str) -> None:
+    """Two on each of two nodes, then both on one."""
+    reference = starter.undisturbed(name)
+    started = starter(name, tasks_per_node=2)
+    stop(started, 1)
+    starter.launcher("resume", started.run.id, "nodes=1")
+    stop(started, 2)
+    starter.launcher("resume", started.run.id, "nodes=2")
+    records = check(started, reference, ["cancelled", "cancelled", "done"], tolerance=OTHER_ORDER)
+    assert [record["world_size"] for record in records] == [4, 2, 4]
+    assert [len(record["nodes"]) for record in records] == [2, 1, 2]
