@@ -32,6 +32,9 @@ from tests.box_runs.support import Launcher, ended
 
 Losses = dict[int, float]
 
+# Each waits for several starts of a stack: a minute on two idle cores, several on busy ones.
+pytestmark = pytest.mark.timeout(900)
+
 thorough = pytest.mark.skipif(
     "THOROUGH" not in os.environ, reason="a minute or two of two cores each; THOROUGH=1 runs them"
 )
@@ -97,7 +100,7 @@ class Starter:
     def __call__(self, name: str, folder: str = "job", tasks_per_node: int = 1) -> Started:
         way = WAYS[name]
         lent = (f"python={self.python}",) if way.recipe == "ch5_megatron" else ()
-        words = (f"tasks_per_node={tasks_per_node}", *lent, *way.words)
+        words = (f"tasks_per_node={tasks_per_node}", "args.sequence_length=16", *lent, *way.words)
         return start(self.launcher, self.folder / folder, *words, recipe=way.recipe)
 
     def undisturbed(self, name: str) -> Losses:
@@ -150,7 +153,7 @@ def test_the_kill_of_one_rank(starter: Starter, name: str, moment: Moment) -> No
     assert second["job_id"] == first["job_id"]
 
 
-@pytest.mark.parametrize("name", ways("zero3"))
+@pytest.mark.parametrize("name", ways("zero2"))
 def test_four_ranks_then_two_then_four(starter: Starter, name: str) -> None:
     """Two on each of two nodes, then both on one."""
     reference = starter.undisturbed(name)
