@@ -166,7 +166,9 @@ def check(
     assert [found.path for found in runs.all_runs([run.path.parent]) if found.id == run.id] == [run.path]
     _check_that_it_struck(records)
     # Slurm counts whole seconds.
-    assert records[0]["started"] - records[0]["seconds"]["queue"] > started.submitted - 2.0, "a queue of before"
+    assert records[0]["started"] - records[0]["seconds"]["queue"] > started.submitted - 2.0, (
+        "a queue of before"
+    )
     lines = ledger.read_lines(run.metrics_file)
     for line in lines:
         wanted = reference[line["step"]]
