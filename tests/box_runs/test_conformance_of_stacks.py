@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from launcher.paths import REPOSITORY
 from tests.box_runs.conformance import (
     OTHER_ORDER,
     Started,
@@ -42,11 +41,10 @@ thorough = pytest.mark.skipif(
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A recipe of chapter 5 and its arguments; ranks per node."""
+    """A recipe of chapter 5 and its arguments."""
 
     recipe: str
-    words: tuple[str, ...] = ()
-    tasks_per_node: int = 1
+    words: tuple[str, ...]
 
 
 SLICED = ("args.stage=3", "args.persistence_threshold=100")
@@ -67,25 +65,7 @@ WAYS = {
     "megatron-copies": Way("ch5_megatron", ("args.microbatch_size=6",)),
 }
 
-PYTHON = """\
-#!/bin/sh
-for word do
-    shift
-    case "$word" in recipes.ch5.*) set -- "$@" tests.recipes.megatron_on_cpu ;; esac
-    set -- "$@" "$word"
-done
-exec {python} "$@"
-"""
-
-
-@pytest.fixture(scope="session")
-def lending_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter for `python=` in which Megatron-Core computes on a CPU: it starts chapter 5's recipes through
-    tests.recipes.megatron_on_cpu. So the launcher, its files and its words are those of a cluster with GPUs."""
-    file = tmp_path_factory.mktemp("megatron") / "python"
-    file.write_text(PYTHON.format(python=shlex.quote(sys.executable)))
-    file.chmod(0o755)
-    return file
+LENDING = REPOSITORY / "tests" / "recipes" / "python_with_megatron_on_cpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +74,11 @@ class Starter:
 
     launcher: Launcher
     folder: Path
-    python: Path
     found: dict[str, Losses]
 
     def __call__(self, name: str, folder: str = "job", tasks_per_node: int = 1) -> Started:
         way = WAYS[name]
-        lent = (f"python={self.python}",) if way.recipe == "ch5_megatron" else ()
+        lent = (f"python={LENDING}",) if way.recipe == "ch5_megatron" else ()
         words = (f"tasks_per_node={tasks_per_node}", "args.sequence_length=16", *lent, *way.words)
         return start(self.launcher, self.folder / folder, *words, recipe=way.recipe)
 
@@ -113,8 +92,8 @@ class Starter:
 
 
 @pytest.fixture
-def starter(launcher: Launcher, tmp_path: Path, lending_python: Path, found: dict[str, Losses]) -> Starter:
-    return Starter(launcher, tmp_path, lending_python, found)
+def starter(launcher: Launcher, tmp_path: Path, found: dict[str, Losses]) -> Starter:
+    return Starter(launcher, tmp_path, found)
 
 
 Moment = Callable[[Started], Callable[[], bool]]
