@@ -18,6 +18,7 @@ import pytest
 from launcher.paths import REPOSITORY
 from tests.box_runs.conformance import (
     OTHER_ORDER,
+    SAME_ORDER,
     Started,
     check,
     frozen,
@@ -47,6 +48,7 @@ class Way:
     words: tuple[str, ...]
 
 
+SAME_FOR_ALL = ("args.sequence_length=16", "args.warmup_steps=10")
 SLICED = ("args.stage=3", "args.persistence_threshold=100")
 """By default parameters as small as this model's stay whole."""
 WAYS = {
@@ -79,7 +81,7 @@ class Starter:
     def __call__(self, name: str, folder: str = "job", tasks_per_node: int = 1) -> Started:
         way = WAYS[name]
         lent = (f"python={LENDING}",) if way.recipe == "ch5_megatron" else ()
-        words = (f"tasks_per_node={tasks_per_node}", "args.sequence_length=16", *lent, *way.words)
+        words = (f"tasks_per_node={tasks_per_node}", *SAME_FOR_ALL, *lent, *way.words)
         return start(self.launcher, self.folder / folder, *words, recipe=way.recipe)
 
     def undisturbed(self, name: str) -> Losses:
@@ -104,14 +106,22 @@ def ways(*in_every_suite: str) -> list[object]:
     return [name if name in in_every_suite else pytest.param(name, marks=thorough) for name in WAYS]
 
 
-@pytest.mark.parametrize("name", ways("zero2", "megatron-tensor"))
+@pytest.mark.parametrize("name", ways("zero2"))
 def test_a_requeue_in_a_save(starter: Starter, name: str) -> None:
-    reference = starter.undisturbed(name)
+    requeue_in_a_save(starter, name, starter.undisturbed(name))
+
+
+def test_a_requeue_of_megatron_core_in_a_save(starter: Starter) -> None:
+    """Its losses are ZeRO's, before and after: another order of summation. Bit for bit its own: THOROUGH=1, above."""
+    requeue_in_a_save(starter, "megatron-tensor", starter.undisturbed("zero2"), OTHER_ORDER)
+
+
+def requeue_in_a_save(starter: Starter, name: str, reference: Losses, tolerance: float = SAME_ORDER) -> None:
     started = starter(name)
     with frozen(started, in_a_save(started)):
         starter.launcher.slurm("scontrol", "requeue", started.run.jobs()[0]["job_id"])
     started.goes_on()
-    first, _ = check(started, reference, ["requeued", "done"])
+    first, _ = check(started, reference, ["requeued", "done"], tolerance=tolerance)
     assert first["saved_out"] == first["step_out"], "there was time, and the last step was not saved"
     assert started.job()["Restarts"] == "1"
 

@@ -43,7 +43,7 @@ def test_every_rank_gets_what_was_derived_and_the_folder_says_why(launcher: Laun
 
 
 @pytest.mark.parametrize(
-    ("words", "theirs"), [(["launch=srun"], ""), (["launch=torchrun"], ""), (["env.NCCL_HOSTID=one"], "one")]
+    ("words", "theirs"), [(["launch=srun"], ""), (["launch=torchrun", "env.NCCL_HOSTID=one"], "one")]
 )
 def test_the_nodes_of_a_box_are_hosts_to_nccl_unless_somebody_says_otherwise(
     launcher: Launcher, words: list[str], theirs: str
