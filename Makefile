@@ -10,7 +10,7 @@ VENV := .venv/bin
 export OMP_NUM_THREADS ?= 1
 # Rooms whose types are checked strictly: everything that runs before, around and after a recipe.
 STRICT := launcher checks env
-SHELL_FILES := .ci/run $(wildcard jobs/*.sbatch)
+SHELL_FILES := .ci/run tests/recipes/python_with_megatron_on_cpu $(wildcard jobs/*.sbatch)
 
 .PHONY: help setup test lint demo bench soak lock clean
 

@@ -200,6 +200,7 @@ def _one_attempt(here: Here, bad: tuple[str, ...], *, lost_nodes: bool) -> Decis
     nodes = _working_nodes(here, bad)
     number, attempt_dir = run.new_attempt_dir()
     started, step_in = time.time(), runs.last_metrics(run).get("step")
+    job_at_start = here.watcher.newest if here.watcher else None
     lost.note_start(attempt_dir, here.allocation.job_id, nodes, started)
     say(f"run {run.id} attempt {number}: {spec.recipe} on {', '.join(nodes)}; directory {run.path}")
     here.write_state("starting", "preflight", attempt=number)
@@ -209,7 +210,8 @@ def _one_attempt(here: Here, bad: tuple[str, ...], *, lost_nodes: bool) -> Decis
     metrics, events = ledger.read_lines(run.metrics_file), durations.announcements(run)
     now = time.time()
     seconds = {**ended.seconds, **durations.of_attempt(number, ended.tasks_started, now, metrics, events)}
-    job = here.watcher.newest if here.watcher else None
+    # A job that was put back has a new StartTime, and would have been in the queue for as long as it ran.
+    job = job_at_start or (here.watcher.newest if here.watcher else None)
     if (
         job is not None
         and job.queue_seconds is not None

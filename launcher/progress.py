@@ -147,6 +147,8 @@ def summary(run: runs.Run, current: status.RunStatus, console: Console, *, curve
 def show_failure(run: runs.Run, console: Console) -> None:
     failure = status.failure_of(run)
     if failure is not None:
+        if not failure.traceback:
+            return  # one line says it all, and is the run's reason
         console.print(f"rank {failure.rank} on {failure.node} failed first:", highlight=False)
         console.print(failure.traceback.rstrip(), markup=False, highlight=False, soft_wrap=True)
         return

@@ -175,17 +175,17 @@ def _record_error(attempt_dir: Path, rank: rendezvous.Rank, error: BaseException
     """Leave the exception where the controller finds it: the first one by time is the cause, the rest are echoes."""
     if isinstance(error, SystemExit) and error.code in (None, 0, STOPPED_EXIT):
         return
-    if isinstance(error, SystemExit) and error.__cause__ is not None:
-        error = (
-            error.__cause__
-        )  # a recipe that printed one line has raised SystemExit(2) from what it is about
+    # A recipe that printed one line has raised SystemExit(2) from what it is about: a traceback would bury it.
+    one_line = isinstance(error, SystemExit) and error.__cause__ is not None
+    if one_line and error.__cause__ is not None:
+        error = error.__cause__
     record = {
         "time": time.time(),
         "rank": rank.rank,
         "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         "type": type(error).__name__,
         "message": str(error),
-        "traceback": _traceback_from_the_recipe(error),
+        "traceback": "" if one_line else _traceback_from_the_recipe(error),
     }
     path = attempt_dir / f"error-{rank.rank}.json"
     temporary = path.with_suffix(".tmp")

@@ -201,8 +201,12 @@ for number in $(echo "${{SLURM_STEP_GPUS:-$SLURM_JOB_GPUS}}" | tr , ' '); do
     eval "names=\\$names,\\${{$((number + 1))}}"
 done
 echo "export CUDA_VISIBLE_DEVICES=${{names#,}}"
-# Two nodes of a box are to be two hosts to NCCL too: its network transport between them, not NVLink.
-echo "export NCCL_HOSTID=$SLURMD_NODENAME"
+# Two nodes of a box are to be two hosts to NCCL too: its network transport between them, not NVLink. What somebody has
+# set stays; what a step inherits from the batch script is that node's name, given here a moment before.
+if [ -z "${{NCCL_HOSTID+set}}" ] || [ "$NCCL_HOSTID" = "${{BOX_HOSTID:-/}}" ]; then
+    echo "export NCCL_HOSTID=$SLURMD_NODENAME"
+    echo "export BOX_HOSTID=$SLURMD_NODENAME"
+fi
 """
 
 

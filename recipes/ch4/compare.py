@@ -123,9 +123,15 @@ def compare(
     args: CompareArgs,
     strategies: Mapping[str, Build],
     layouts: Mapping[str, Callable[[World], Layout]] = MappingProxyType({}),
+    wants: Callable[[World], None] | None = None,
 ) -> None:
-    """Measure those of `strategies` that the arguments name; `layouts` has those that divide the ranks in their way."""
+    """Measure those of `strategies` that the arguments name; `layouts` has those that divide the ranks in their way.
+
+    `wants` refuses a world in which one of them could not run, before another is measured.
+    """
     with joined(args.device) as world:
+        if wants is not None:
+            wants(world)
         several(world)
         args.check_ranks(world.size, world.local_size)
         same_for_all = make_plan(recipe, args, world)

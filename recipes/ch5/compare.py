@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m recipes.ch5.compare model=llama_1b sequence_length=4096 batch_size=16
 
 As `ch4_compare`, whose strategies all can take part: same weights, same sequences, so the losses must be equal.
-DeepSpeed and Megatron-Core are asked for before anything is measured: one line where one is missing.
+DeepSpeed, Megatron-Core and its GPUs are asked for before anything is measured: one line where one is missing.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ def main() -> None:
     from recipes.ch5 import megatron  # here, because the others do without it
 
     def layout(world: World) -> Layout:
-        megatron.want_gpus(world)
         return megatron.make_layout(world, megatron_args(args))
 
     def build(plan: Plan, _: CompareArgs) -> Technique:
         return megatron.Megatron.build(plan, megatron_args(args))
 
-    compare("ch5_compare", args, {**STRATEGIES, "megatron": build}, {"megatron": layout})
+    compare("ch5_compare", args, {**STRATEGIES, "megatron": build}, {"megatron": layout}, megatron.want_gpus)
 
 
 if __name__ == "__main__":

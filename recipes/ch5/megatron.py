@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+import queue
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from recipes.lib.training import Microbatch, Plan, make_plan, recipe_main, train
 
 with needs("megatron"):
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -168,6 +170,8 @@ class Megatron:
 
     def write(self, folder: Path) -> None:
         """Every rank its part, under names of the whole model, with Megatron's own writer."""
+        # Megatron's own queue is a process, which the SIGTERM that asks a job to stop ends: no save would follow it.
+        filesystem_async._results_queue = queue.SimpleQueue()
         dist_checkpointing.save(self._state(is_loading=False), str(folder), ("torch_dist", 1))
 
     def read(self, folder: Path) -> None:

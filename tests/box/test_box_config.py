@@ -109,6 +109,25 @@ def test_a_task_that_lost_its_path_finds_the_commands() -> None:
     assert not [line for line in already if "PATH=" in line]
 
 
+@pytest.mark.parametrize(
+    ("inherited", "given"),
+    [
+        ({}, True),
+        ({"NCCL_HOSTID": "n1", "BOX_HOSTID": "n1"}, True),
+        ({"NCCL_HOSTID": "mine"}, False),
+        ({"NCCL_HOSTID": "mine", "BOX_HOSTID": "n1"}, False),
+        ({"NCCL_HOSTID": ""}, False),
+    ],
+    ids=["nothing", "the batch script's", "set before sbatch", "set in the batch script", "set to nothing"],
+)
+def test_a_node_is_a_host_to_nccl_unless_somebody_has_said_which(
+    inherited: dict[str, str], given: bool
+) -> None:
+    exports = prolog_output(layout_of((), ()), SLURMD_NODENAME="n2", **inherited)
+    assert ("export NCCL_HOSTID=n2" in exports) == given
+    assert ("export BOX_HOSTID=n2" in exports) == given
+
+
 def test_commands_get_libraries_without_a_variable_that_jobs_would_inherit() -> None:
     wrapper = config.client_wrapper(Path("/t/usr/bin/srun"), "/lib/ld.so", "/t/lib", Path("/b/slurm.conf"))
     assert "LD_LIBRARY_PATH" not in wrapper

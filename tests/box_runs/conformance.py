@@ -38,6 +38,8 @@ class Started:
     run: runs.Run
     log: Path
     """The batch steps' output, of all attempts."""
+    submitted: float
+    """Unix time, before sbatch."""
 
     def job(self) -> dict[str, str]:
         return job(self.launcher, self.run)
@@ -76,6 +78,7 @@ def start(
     file, log = folder / f"{recipe}.sbatch", folder / "batch.log"
     rendered = launcher("render", f"recipe={recipe}", "cluster=box", "tasks_per_node=1", *words)
     file.write_text(rendered.stdout)
+    submitted = time.time()
     launcher.slurm(
         "sbatch", f"--nodes={nodes}", f"--output={log}", *flags, str(file), *WORDS, *words, cwd=REPOSITORY
     )
@@ -83,7 +86,7 @@ def start(
     def made() -> list[runs.Run]:
         return [run for run in runs.all_runs([launcher.run_root]) if run.path not in known and run.jobs()]
 
-    return Started(launcher, wait_until(made, f"the run directory; {log}")[0], log)
+    return Started(launcher, wait_until(made, f"the run directory; {log}")[0], log, submitted)
 
 
 @contextlib.contextmanager
@@ -135,6 +138,15 @@ def saving(started: Started) -> int:
     return int(events[-1]["step"]) if events and events[-1]["event"] == "started" else 0
 
 
+def stop(started: Started, attempt: int = 1) -> None:
+    """Cancel the run in the middle of an attempt, and wait for the end of its job."""
+    with frozen(started, in_a_step(started, step=14 + 6 * attempt, attempt=attempt), attempt):
+        started.launcher("cancel", started.run.id)
+    ended(started.run, attempt)
+    over = ("COMPLETED", "FAILED", "CANCELLED")
+    wait_until(lambda: started.job()["JobState"] in over, "the end of the job")
+
+
 def losses_by_step(run: runs.Run) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in ledger.read_lines(run.metrics_file)}
 
@@ -153,6 +165,10 @@ def check(
     assert len(run.attempts()) == len(causes)
     assert [found.path for found in runs.all_runs([run.path.parent]) if found.id == run.id] == [run.path]
     _check_that_it_struck(records)
+    # Slurm counts whole seconds.
+    assert records[0]["started"] - records[0]["seconds"]["queue"] > started.submitted - 2.0, (
+        "a queue of before"
+    )
     lines = ledger.read_lines(run.metrics_file)
     for line in lines:
         wanted = reference[line["step"]]

@@ -39,11 +39,13 @@ def main() -> None:
     if options["mode"] == "sleep":
         time.sleep(float(options["seconds"]))
     if rank != int(options.get("rank", "-1")):
-        if options["mode"] in ("raise", "kill", "exit"):
+        if options["mode"] in ("raise", "refuse", "kill", "exit"):
             time.sleep(60)  # the others wait in a collective when one rank fails
         return
     if options["mode"] == "raise":
         raise ArithmeticError("the loss is\nnot a number")
+    if options["mode"] == "refuse":
+        raise SystemExit(2) from ValueError("a mistake of a person")
     if options["mode"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if options["mode"] == "exit":

@@ -27,6 +27,7 @@ from tests.box_runs.conformance import (
     in_a_step,
     logs_of,
     start,
+    stop,
 )
 from tests.box_runs.support import Launcher, ended, wait_until
 
@@ -229,12 +230,3 @@ def test_a_change_keeps_those_before_it(launcher: Launcher, folder: Path) -> Non
     spec = started.run.spec()
     assert (spec.recipe, spec.nodes, spec.args["keep"]) == ("ch4_fsdp", 3, 1)
     assert len(list((started.run.path / "checkpoints").glob("step-*"))) == 1
-
-
-def stop(started: Started, attempt: int = 1) -> None:
-    """Cancel the run in the middle of an attempt, and wait for the end of its job."""
-    with frozen(started, in_a_step(started, step=14 + 6 * attempt, attempt=attempt), attempt):
-        started.launcher("cancel", started.run.id)
-    ended(started.run, attempt)
-    over = ("COMPLETED", "FAILED", "CANCELLED")
-    wait_until(lambda: started.job()["JobState"] in over, "the end of the job")

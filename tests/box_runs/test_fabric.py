@@ -42,6 +42,21 @@ def test_every_rank_gets_what_was_derived_and_the_folder_says_why(launcher: Laun
     assert "UCX_NET_DEVICES=mine (the job's configuration): neither an active port nor an interface" in logs
 
 
+@pytest.mark.parametrize(
+    ("words", "theirs"), [(["launch=srun"], ""), (["launch=torchrun", "env.NCCL_HOSTID=one"], "one")]
+)
+def test_the_nodes_of_a_box_are_hosts_to_nccl_unless_somebody_says_otherwise(
+    launcher: Launcher, words: list[str], theirs: str
+) -> None:
+    """By the host's name NCCL would take them for one, and never use its network between them."""
+    run = submit_entrypoint(launcher, "nodes=2", "tasks_per_node=2", *words, mode="look")
+    record = ended(run)
+    assert record["state"] == "done", record
+    ranks = [seen(run, rank) for rank in range(4)]
+    assert [rank["node"] for rank in ranks] == [node for node in record["nodes"] for _ in range(2)]
+    assert [rank["NCCL_HOSTID"] for rank in ranks] == [theirs or rank["node"] for rank in ranks]
+
+
 def test_nodes_that_differ_are_said_and_each_rank_gets_its_own_nodes_value(
     launcher: Launcher, tmp_path: Path
 ) -> None:

@@ -80,6 +80,15 @@ def test_the_traceback_of_the_rank_that_raised_is_shown(launcher: Launcher, laun
     assert json.loads(launcher("status", run.id, "--json").stdout)["state"] == "failed"
 
 
+def test_a_mistake_that_a_recipe_has_named_in_one_line_is_one_line(launcher: Launcher) -> None:
+    run = submit_entrypoint(launcher, "nodes=2", "tasks_per_node=1", mode="refuse", rank=1)
+    node = ended(run)["nodes"][1]
+    shown = launcher("status", run.id).stdout
+    assert f"rank 1 on {node}: ValueError: a mistake of a person" in shown
+    assert "Traceback" not in shown
+    assert "failed first" not in shown
+
+
 def test_a_rank_that_is_killed_is_named_and_its_log_shown(launcher: Launcher) -> None:
     run = submit_entrypoint(launcher, "nodes=2", "tasks_per_node=1", mode="kill", rank=1)
     record = ended(run)

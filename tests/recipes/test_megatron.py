@@ -200,9 +200,12 @@ def run(module: str, *words: str, **variables: str) -> subprocess.CompletedProce
     )
 
 
-def test_a_cpu_is_refused_in_one_line(tmp_path: Path) -> None:
-    ended = run("recipes.ch5.megatron", "steps=1", RUN_DIR=str(tmp_path))
+@pytest.mark.parametrize("recipe", ["megatron", "compare"])
+def test_a_cpu_is_refused_in_one_line(recipe: str, tmp_path: Path) -> None:
+    """By the comparison, too, before it measures the others."""
+    ended = run(f"recipes.ch5.{recipe}", "steps=4", RUN_DIR=str(tmp_path))
     assert ended.returncode == 2
+    assert not (tmp_path / "results.jsonl").exists()
     assert ended.stderr.splitlines()[-1].startswith("error: Megatron-Core computes on GPUs alone")
     assert "Traceback" not in ended.stderr
 
