@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST_FIRST
 from tests.docs.sandbox import files_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,11 @@ def test_the_launcher_has_no_import_cycle() -> None:
 def test_tests_are_imported_by_tests_alone() -> None:
     users = [name for name in MODULES if not name.startswith("tests/")]
     assert [name for name in users if any(room(used) == "tests" for used in imports(name))] == []
+
+
+def test_the_test_files_that_come_first_are_there() -> None:
+    assert [name for name in LONGEST_FIRST if not (ROOT / "tests" / name).is_file()] == []
+    assert len(set(LONGEST_FIRST)) == len(LONGEST_FIRST)
 
 
 def test_the_command_line_loads_no_torch() -> None:

@@ -21,7 +21,7 @@ def in_box(box: boxes.Box, *command: str, **variables: str) -> str:
         env={**os.environ, **boxes.environment(box), **variables},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     assert result.returncode == 0, f"{command} failed: {result.stderr}"
@@ -73,11 +73,11 @@ def finish(box: boxes.Box, job: str) -> str:
         shown = in_box(box, "scontrol", "show", "job", job, "-o").split()
         return next(word.removeprefix("JobState=") for word in shown if word.startswith("JobState="))
 
-    wait_until(ended, f"end of job {job}", seconds=60)
+    wait_until(ended, f"end of job {job}", seconds=240)
     return state()
 
 
-def wait_until(true: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
     """Return when the condition holds; fail, saying what was awaited, if it does not in time."""
     deadline = time.monotonic() + seconds
     while not true():

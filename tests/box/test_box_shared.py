@@ -24,7 +24,7 @@ def test_a_batch_job_reaches_two_nodes_and_starts_at_once(box: boxes.Box, tmp_pa
     asked = time.time()
     assert finish(box, submit(box, "-N2", f"--output={output}", "--wrap", script)) == "COMPLETED"
     assert len(set(lines_of(output))) == 2
-    assert float(begun.read_text("utf-8")) - asked < 10, "Slurm's own rounds of scheduling come every minute"
+    assert float(begun.read_text("utf-8")) - asked < 25, "Slurm's own rounds of scheduling come every minute"
 
 
 def test_a_job_submits_another_job(box: boxes.Box) -> None:
@@ -48,7 +48,7 @@ def test_jobs_do_not_inherit_the_library_path(box: boxes.Box, tmp_path: Path) ->
 
 def test_two_jobs_run_on_the_same_nodes_at_once(box: boxes.Box, tmp_path: Path) -> None:
     """Each of the two ends well only when it has seen the other."""
-    script = "touch {0}/{1}; for _ in $(seq 200); do [ -e {0}/{2} ] && exit 0; sleep 0.1; done; exit 1"
+    script = "touch {0}/{1}; for _ in $(seq 1200); do [ -e {0}/{2} ] && exit 0; sleep 0.1; done; exit 1"
     jobs = [
         submit(box, "-w", "n1,n2", "--output=/dev/null", "--wrap", script.format(tmp_path, mine, other))
         for mine, other in (("a", "b"), ("b", "a"))
@@ -63,7 +63,7 @@ def test_a_requeued_job_comes_back_within_seconds(box: boxes.Box, tmp_path: Path
     begun = time.monotonic()
     assert finish(box, submit(box, "--open-mode=append", f"--output={log}", "--wrap", script)) == "COMPLETED"
     assert [line for line in lines_of(log) if line.startswith("restart")] == ["restart ", "restart 1"]
-    assert time.monotonic() - begun < 40, "the hold after a requeue is 120 s by default"
+    assert time.monotonic() - begun < 110, "the hold after a requeue is 120 s by default"
 
 
 def test_a_preempted_job_is_warned_and_requeued(box: boxes.Box, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.box_runs.survival import job, start_now
 
 STEPS, SAVE_EVERY = 40, 8
 WORDS = (
-    f"args.steps={STEPS}", f"args.save_every={SAVE_EVERY}", "args.sequence_length=64", "args.batch_size=12",
+    f"args.steps={STEPS}", f"args.save_every={SAVE_EVERY}", "args.sequence_length=16", "args.batch_size=12",
     "env.HANG_SECONDS=0",
 )  # fmt: skip
 """12 sequences in a batch: two, three and four ranks get equal shares. Frozen ranks look hung: nobody watches."""
@@ -59,7 +59,7 @@ class Started:
     def saved(self) -> int:
         return durations.last_saved(self.events()) or 0
 
-    def goes_on(self, within: float = 120.0, restarts: int = 1) -> None:
+    def goes_on(self, within: float = 400.0, restarts: int = 1) -> None:
         """Let a requeued job start without the wait that its credential asks for."""
         start_now(self.launcher, self.run, restarts, within)
 

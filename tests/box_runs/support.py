@@ -14,8 +14,8 @@ from typing import Any
 from launcher import ledger, runs
 from launcher.paths import REPOSITORY
 
-WAIT_SECONDS = 180.0
-"""For anything that a job on two slow cores may take."""
+WAIT_SECONDS = 540.0
+"""For anything that a job may take on two slow cores that others use as well: three times what has been seen."""
 
 FAST = ("args.steps=2", "args.save_every=0", "args.sequence_length=64", "args.batch_size=4")
 """The smallest training that still has a first and a last step."""

@@ -33,7 +33,7 @@ def job(launcher: Launcher, run: runs.Run, which: int = -1) -> dict[str, str]:
     return slurm.parse_key_values(said)
 
 
-def start_now(launcher: Launcher, run: runs.Run, restarts: int = 1, within: float = 120.0) -> None:
+def start_now(launcher: Launcher, run: runs.Run, restarts: int = 1, within: float = 400.0) -> None:
     """A requeued job waits for its credential to expire; an administrator may let it start almost at once."""
     command = ["scontrol", "update", f"jobid={run.jobs()[-1]['job_id']}", "starttime=now"]
     seen: dict[str, str] = {}

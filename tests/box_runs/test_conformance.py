@@ -29,7 +29,7 @@ from tests.box_runs.conformance import (
     start,
     stop,
 )
-from tests.box_runs.support import Launcher, ended, wait_until
+from tests.box_runs.support import WAIT_SECONDS, Launcher, ended, wait_until
 
 Losses = dict[int, float]
 
@@ -192,7 +192,7 @@ def test_two_launchers_that_resume_one_run_at_once(
         )
         for _ in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=60)[0] for process in both]
+    said = [process.communicate(timeout=WAIT_SECONDS)[0] for process in both]
     assert 0 in [process.returncode for process in both], said
     check(started, undisturbed, ["cancelled", "done"])
     logs = [log.read_text() for log in logs_of(started.run)[1:]]

@@ -60,7 +60,7 @@ def test_without_slurmctld_the_requeue_is_tried_until_it_is_back(
     start_again()
     wait_until(lambda: answers(launcher), "slurmctld")
     # Its slurmds need up to two minutes until they have told it that the old step is over.
-    started.goes_on(within=240.0)
+    started.goes_on()
     check(started, undisturbed, ["preemption", "done"])
     assert first["action"] == "requeued"
 
@@ -107,7 +107,7 @@ def test_a_node_that_died_without_a_spare(
     with frozen(started, in_a_step(started)):
         victim = nodes_of(started)[which]
         kill_node(box, victim)
-    wait_until(lambda: started.job()["Restarts"] == "1", "the requeue", 120.0)
-    started.goes_on(within=240.0)
+    wait_until(lambda: started.job()["Restarts"] == "1", "the requeue")
+    started.goes_on()
     _, second = check(started, undisturbed, ["node_failure", "done"])
     assert victim not in second["nodes"]

@@ -1,4 +1,8 @@
-"""Each recipe on one, two and four nodes, under srun and torchrun, by `launcher submit` and by `sbatch` of the file."""
+"""Each recipe on one, two and four nodes, under srun and torchrun, by `launcher submit` and by `sbatch` of the file.
+
+By `launcher submit` all combinations, by `sbatch` every second one: what is different about it, how a job finds its
+run and its spec, is over before nodes and launch begin to matter.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,8 @@ def check(run: runs.Run, nodes: int, launch: str) -> None:
     assert record["world_size"] == nodes
     assert record["launch"] == launch
     assert record["step_out"] == 2
-    assert record["tasks_started"] - record["started"] < 5.0
+    # One to two seconds, where nothing else runs.
+    assert record["tasks_started"] - record["started"] < 20.0
     assert sorted(path.name for path in (run.path / "attempt-01").glob("rank-*.log")) == [
         f"rank-{rank}.log" for rank in range(nodes)
     ]
@@ -62,7 +67,16 @@ def test_launcher_submit(
     compare(losses(launcher.only_run()), loss_of_one_process)
 
 
-@pytest.mark.parametrize(("recipe", "nodes", "launch"), CASES)
+BY_SBATCH = [
+    (recipe, nodes, launch)
+    for recipe, nodes, launch in CASES
+    if launch == {"ch1_baseline": {1: "srun"}, "ch3_ddp": {1: "torchrun", 2: "srun", 4: "torchrun"},
+                  "ch4_fsdp": {1: "srun", 2: "torchrun", 4: "srun"}}[recipe][nodes]
+]  # fmt: skip
+"""Each recipe on each number of nodes, and each launch on each number of nodes."""
+
+
+@pytest.mark.parametrize(("recipe", "nodes", "launch"), BY_SBATCH)
 def test_sbatch_of_the_rendered_file(
     launcher: Launcher, tmp_path: Path, recipe: str, nodes: int, launch: str,
     loss_of_one_process: dict[str, list[float]],

@@ -23,7 +23,7 @@ from launcher import badnodes, runs
 from launcher import box as boxes
 from launcher.outcome import Outcome
 from launcher.paths import REPOSITORY
-from tests.box_runs.support import FAST, Launcher, ended, submit_entrypoint, wait_until
+from tests.box_runs.support import FAST, WAIT_SECONDS, Launcher, ended, submit_entrypoint, wait_until
 from tests.box_runs.survival import STEPS, job, runs_log, start_now
 
 SHORT = {**STEPS, "steps": 6, "seconds": 0.05}
@@ -161,12 +161,12 @@ def test_a_node_that_hangs_with_every_partner_is_named_and_the_run_goes_on_witho
     """Its ranks stop before their first collective, so every node hangs: the rounds of pairs tell whose fault it is."""
     words = ("nodes=3", "spares=1", "preflight=full", "env.CHECKS_TRIAL=n2 stop")
     run = submitted(launcher, patient(tmp_path), *words)
-    first = ended(run, seconds=300)
+    first = ended(run)
     assert first["reason"].startswith("preflight: n2: net.pairs fail: this node: with "), first
     assert "hung at: all_reduce" in first["reason"]
     assert (first["tasks_started"], first["action"], first["excluded"]) == (None, "restarted", ["n2"])
     assert report_of(run, 1)["suspects"] == ["n2"]
-    second = ended(run, 2, seconds=300)
+    second = ended(run, 2)
     assert (second["cause"], second["nodes"]) == ("done", ["n1", "n3", "n4"])
     assert report_of(run, 2)["suspects"] == []
     assert list(on_record(launcher)) == ["n2"]
@@ -238,7 +238,7 @@ def test_the_job_file_of_the_preflight_names_the_bad_node_and_measures_them_all(
     words = ("--nodes=2", f"--output={log}", "--wait", "jobs/preflight.sbatch", "--gpus=0", "--fabric=tcp")
     done = subprocess.run(
         ["sbatch", *words], env={**launcher.environment, "LAUNCHER_PYTHON": str(python)}, cwd=REPOSITORY,
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=WAIT_SECONDS,
     )  # fmt: skip
     said = log.read_text()
     assert done.returncode == 1, said
@@ -258,7 +258,7 @@ def test_without_a_spare_the_job_goes_back_into_the_queue_without_the_node(
     run = submitted(launcher, python, "nodes=2", "preflight=passive")
     first = ended(run)
     assert (first["action"], first["excluded"]) == ("requeued", ["n2"])
-    wait_until(lambda: job(launcher, run)["Restarts"] == "1", "the requeue", 90)
+    wait_until(lambda: job(launcher, run)["Restarts"] == "1", "the requeue")
     start_now(launcher, run)
     second = ended(run, 2)
     assert second["cause"] == "done"

@@ -51,7 +51,7 @@ class Site:
         done = subprocess.run(
             [PROLOG], env=environment, capture_output=True, text=True, check=False, timeout=60
         )
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30, "slurmd kills a prolog that takes longer"
         return done
 
     def node(self) -> tuple[str, str]:

@@ -15,7 +15,7 @@ def nodes_of(run: runs.Run, attempt: int = 1) -> list[str]:
 
 
 def back_in_the_queue(launcher: Launcher, run: runs.Run) -> None:
-    wait_until(lambda: job(launcher, run)["Restarts"] == "1", "the requeue", 90)
+    wait_until(lambda: job(launcher, run)["Restarts"] == "1", "the requeue")
     start_now(launcher, run)
 
 

@@ -130,12 +130,12 @@ def test_what_no_agent_reports_ends_with_the_agents_and_what_hangs_at_the_deadli
         return [subprocess.Popen(["false"])]
 
     def hangs(nodes: Any, words: Any) -> list[subprocess.Popen[Any]]:
-        return [subprocess.Popen(["sleep", "60"])]
+        return [subprocess.Popen(["sleep", "300"])]
 
-    for start, least, most in ((ends_at_once, 0.0, 2.0), (hangs, 1.5, 5.0)):
+    for start, deadline, least in ((ends_at_once, 250.0, 0.0), (hangs, 1.5, 1.5)):
         began = time.monotonic()
-        assert run_round([["n1"]], "whole", 1.5, start, words={}, address="localhost") == {}
-        assert least <= time.monotonic() - began < most
+        assert run_round([["n1"]], "whole", deadline, start, words={}, address="localhost") == {}
+        assert least <= time.monotonic() - began < 50
 
 
 def test_in_a_round_of_rails_each_is_told_where_the_other_listens() -> None:

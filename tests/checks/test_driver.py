@@ -70,7 +70,7 @@ def test_a_driver_that_hangs_costs_its_deadline_and_is_unknown(
 ) -> None:
     began = time.monotonic()
     found = looked(library, monkeypatch, "hang")
-    assert time.monotonic() - began < 6.0
+    assert time.monotonic() - began < 30  # without a deadline, for ever
     assert {one.verdict for one in found.results} == {Verdict.UNKNOWN}
     assert isinstance(found.node.host.limits, dict), "the rest of the node was read meanwhile"
 

@@ -172,7 +172,7 @@ def test_what_never_answers_costs_its_deadline_and_is_no_absence(node: Path) -> 
     os.mkfifo(node / "proc/net/route")
     began = time.monotonic()
     facts = read_facts(node, NO_ENVIRONMENT)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60  # without a deadline, for ever
     assert facts.ports, "the rest was not read"
     assert any("/proc/net/route" in line and "no answer" in line for line in facts.unread)
 
@@ -219,8 +219,8 @@ def test_a_folder_that_cannot_be_read_is_no_absence(tmp_path: Path) -> None:
 def test_a_glance_does_not_wait_for_counters_to_grow() -> None:
     began = time.monotonic()
     with Glance("/") as source:
-        source.wait(5)
-    assert time.monotonic() - began < 3
+        source.wait(60)
+    assert time.monotonic() - began < 30
 
 
 def test_this_machine_can_be_read() -> None:

@@ -88,9 +88,10 @@ def test_a_node_with_a_fault_of_its_own_is_named(evidence: str, tmp_path: Path) 
 
 
 def test_a_node_that_never_answers_costs_the_deadline_and_is_named(evidence: str) -> None:
-    (status, out, _), *_ = run(evidence, (0, 1, 3), "--deadline=3")
+    # Long enough for the three that are there, on a busy machine too.
+    (status, out, _), *_ = run(evidence, (0, 1, 3), "--deadline=12")
     assert status == 3
-    assert "no answer within 3 s" in out
+    assert "no answer within 12 s" in out
     assert out.endswith("leave out: sbatch --exclude=n3\n")
 
 
@@ -134,7 +135,7 @@ def test_a_stranger_who_talks_nonsense_changes_nothing(evidence: str) -> None:
 
 
 def _say(step: Step, words: bytes) -> None:
-    for _ in range(200):
+    for _ in range(1200):
         try:
             with socket.create_connection(("localhost", step.ports[0]), timeout=5) as connection:
                 connection.sendall(words)

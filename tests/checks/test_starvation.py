@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from checks.evidence import Live, run_command
 from checks.reading import Unread
 from checks.starvation import Scheduled, described, is_starved, scheduled
 
-SPINS = "import time\nends = time.monotonic() + 20\nwhile time.monotonic() < ends: pass"
+SPINS = "import time\nends = time.monotonic() + 300\nwhile time.monotonic() < ends: pass"
 
 
 @contextmanager
@@ -41,10 +42,10 @@ def test_a_process_without_a_cpu_is_told_from_one_that_sleeps() -> None:
         # Not Python, which would read its files first, and wait for the disk instead.
         spins = ["sh", "-c", "while :; do :; done"]
         poor = subprocess.Popen(["taskset", "--cpu-list", str(cpu), "nice", "-n", "19", *spins])
-        lazy = subprocess.Popen(["sleep", "20"])
+        lazy = subprocess.Popen(["sleep", "300"])
         try:
             time.sleep(0.3)
-            ends = time.monotonic() + 10  # until both have begun, also on a busy machine
+            ends = time.monotonic() + 60  # until both have begun, also on a busy machine
             while (scheduled(poor.pid).state, scheduled(lazy.pid).state) != ("R", "S"):
                 assert time.monotonic() < ends
             before = {one.pid: scheduled(one.pid) for one in (poor, lazy)}
@@ -53,14 +54,20 @@ def test_a_process_without_a_cpu_is_told_from_one_that_sleeps() -> None:
             time.sleep(1.0)
             assert is_starved(scheduled(poor.pid))
             assert not is_starved(scheduled(lazy.pid))
-            waited = re.search(r"state R, (\S+) s of them", described(before[poor.pid], scheduled(poor.pid)))
-            assert waited is not None
-            assert float(waited[1]) > 0.3
+            said = described(before[poor.pid], scheduled(poor.pid))
+            assert seconds_in(r"state R, (\S+) s of them", said) > 0.3
             assert "sleeps (state S)" in described(before[lazy.pid], scheduled(lazy.pid))
         finally:
             for one in (poor, lazy):
                 one.kill()
                 one.wait()
+
+
+def seconds_in(pattern: str, text: str) -> float:
+    """How long it was waited, which on a busy machine is a little more than was meant."""
+    found = re.search(pattern, text)
+    assert found is not None, text
+    return float(found[1])
 
 
 def test_a_read_that_hangs_says_that_its_reader_sleeps(tmp_path: Path) -> None:
@@ -70,14 +77,24 @@ def test_a_read_that_hangs_says_that_its_reader_sleeps(tmp_path: Path) -> None:
     assert isinstance(answer, Unread)
     # Opening a FIFO that nobody writes to waits in the kernel, interruptibly (fs/pipe.c, fifo_open).
     assert (
-        "no answer within 1.0 s; the reader sleeps (state S): what it asked does not answer" in answer.detail
+        seconds_in(r"no answer within (\S+) s; the reader sleeps \(state S\): what it asked", answer.detail)
+        >= 1.0
     )
 
 
 def test_a_command_that_hangs_says_so_too() -> None:
     answer = run_command(["sleep", "20"], 0.3)
     assert isinstance(answer, Unread)
-    assert "no answer within 0.3 s; it sleeps (state S)" in answer.detail
+    assert seconds_in(r"no answer within (\S+) s; it sleeps \(state S\)", answer.detail) >= 0.3
+
+
+def stopped(process: int) -> None:
+    """Stop a process, and return when it stands still."""
+    os.kill(process, signal.SIGSTOP)
+    ends = time.monotonic() + 60
+    while scheduled(process).state != "T":
+        assert time.monotonic() < ends
+        time.sleep(0.01)
 
 
 def test_a_reader_without_a_cpu_gets_as_much_time_again(
@@ -86,26 +103,34 @@ def test_a_reader_without_a_cpu_gets_as_much_time_again(
     """The reader is stopped and goes on after its deadline; the books say here that it stood ready meanwhile."""
     (tmp_path / "file").write_text("here")
     (tmp_path / "other").write_text("there")
-    books = iter([Scheduled("S", 0.0), Scheduled("R", 0.9)])
+    looks: list[Scheduled] = []
+    goes_on = True
+
+    def books(process: int) -> Scheduled:
+        looks.append(Scheduled("R", 5.0) if looks else Scheduled("S", 0.0))
+        if len(looks) == 2 and goes_on:
+            os.kill(process, signal.SIGCONT)  # at the deadline, when it is looked for the second time
+        return looks[-1]
+
     with Live(str(tmp_path)) as source:
         assert source.read("/other") == "there"  # a worker is there
-        monkeypatch.setattr(starvation, "scheduled", lambda pid: next(books, Scheduled("R", 5.0)))
         worker = source._lanes["proc"]._worker  # type: ignore[attr-defined]
-        subprocess.Popen(["sh", "-c", f"kill -STOP {worker.pid}; sleep 1.4; kill -CONT {worker.pid}"])
-        time.sleep(0.2)
-        began = time.monotonic()
+        monkeypatch.setattr(starvation, "scheduled", books)
+        stopped(worker.pid)
         assert source.read("/file") == "here"
-        assert 1.0 < time.monotonic() - began < 2.0
-        books = iter([Scheduled("S", 0.0)])
-        subprocess.Popen(["sh", "-c", f"kill -STOP {worker.pid}"])
-        time.sleep(0.2)
+        assert len(looks) == 2, "it did not wait for its deadline"
+        looks.clear()
+        goes_on = False
+        stopped(worker.pid)
         began = time.monotonic()
         answer = source.read("/file")
         assert isinstance(answer, Unread)
         assert (
             "ready to run (state R, 5.0 s of them without a CPU): this machine is overloaded" in answer.detail
         )
-        assert time.monotonic() - began < 2.5  # twice its time, and no more
+        # Before, at its deadline, and when it had got as much time again: then its silence counts.
+        assert len(looks) == 3
+        assert time.monotonic() - began >= 2.0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The harness behind test_readme_commands.py: it sees a broken command, a missing reason, a prompt."""
+"""The harness behind the tests of documents: it sees a broken command, a missing reason, a prompt."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_command_that_fails_is_named_with_its_last_output(sandbox: Sandbox, li
 
 
 def test_a_command_that_never_ends_is_ended_and_named(sandbox: Sandbox) -> None:
-    failure = run(sandbox, "true", "sleep 987", seconds=0.5)
+    failure = run(sandbox, "true", "sleep 987", seconds=2)
     assert failure is not None
     assert failure.command.text == "sleep 987"
     assert "still running" in failure.how

@@ -54,7 +54,7 @@ def test_an_address_that_does_not_resolve_is_an_error_within_seconds() -> None:
 def test_the_endpoint_is_seen_by_who_waits_for_it(tmp_path: Path) -> None:
     path = tmp_path / "rendezvous.json"
     threading.Timer(0.2, rendezvous.publish, [path, Endpoint("10.0.0.1", 4711)]).start()
-    assert rendezvous.wait_for(path, deadline_seconds=10) == Endpoint("10.0.0.1", 4711)
+    assert rendezvous.wait_for(path, deadline_seconds=60) == Endpoint("10.0.0.1", 4711)
     assert os.listdir(tmp_path) == ["rendezvous.json"], "a temporary file was left"
 
 

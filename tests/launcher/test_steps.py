@@ -118,7 +118,7 @@ def local(tmp_path: Path, code: str, tasks: int = 2) -> LocalStep:
     return LocalStep(made, dict(os.environ))
 
 
-def wait(step: LocalStep, seconds: float = 20.0) -> int:
+def wait(step: LocalStep, seconds: float = 45.0) -> int:
     end = time.monotonic() + seconds
     while (code := step.poll()) is None:
         assert time.monotonic() < end, "the step does not end"
@@ -151,7 +151,7 @@ def test_terminate_reaches_the_tasks_children(tmp_path: Path) -> None:
         time.sleep(0.05)
     step.ask_to_stop()
     assert wait(step) == 143
-    end = time.monotonic() + 5
+    end = time.monotonic() + 45
     while (
         Path(f"/proc/{marker.read_text()}/cmdline").exists()
         and Path(f"/proc/{marker.read_text()}/cmdline").read_text()

@@ -126,23 +126,35 @@ def two_ranks(folder: Path, backend: str) -> Iterator[list[subprocess.Popen[byte
             process.wait()
 
 
+def told_by(processes: list[subprocess.Popen[bytes]], folder: Path, end: float) -> object:
+    """What the ranks say when they are asked now: the collective, who waits in it, and who is missing."""
+    for path in traces.written(folder):
+        path.unlink()
+    for process in processes:
+        process.send_signal(signal.SIGUSR2)
+    while len(traces.written(folder)) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    found = held(traces.read(folder), range(2))
+    return found and (str(found), found.waiting, found.missing)
+
+
 def check_two_ranks(folder: Path, backend: str) -> None:
     with two_ranks(folder, backend) as processes:
-        end = time.monotonic() + 60.0
+        end = time.monotonic() + 180.0
         while not (folder / "stuck").exists():
             assert time.monotonic() < end
             time.sleep(0.05)
-        time.sleep(1.0)  # from there into the call, and for the end of the one before it to be noted
-        for process in processes:
-            process.send_signal(signal.SIGUSR2)
-        while len(traces.written(folder)) < 2:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        # From there into the call takes a moment, and so does the note that the one before it is over: asked again.
+        expected = (
+            f"{backend} all_reduce of [7] Float, call 3 of group 0 (default_pg)",
+            (0,),
+            {1: "made call 2 last"},
+        )
+        while (told := told_by(processes, folder, end)) != expected:
+            assert time.monotonic() < end, told
+            time.sleep(0.5)
         assert [process.poll() for process in processes] == [None, None]
-    found = held(traces.read(folder), range(2))
-    assert found is not None
-    assert str(found) == f"{backend} all_reduce of [7] Float, call 3 of group 0 (default_pg)"
-    assert (found.waiting, found.missing) == ((0,), {1: "made call 2 last"})
     assert all("most recent call first" in (folder / f"stacks-{rank}.txt").read_text() for rank in range(2))
 
 

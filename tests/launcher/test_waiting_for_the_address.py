@@ -23,11 +23,11 @@ def test_a_rank_that_comes_first_finds_the_address_soon_after_it_is_published(tm
 
     timer = threading.Timer(0.3, publish)
     timer.start()
-    found = rendezvous.wait_for(path, deadline_seconds=30.0)
+    found = rendezvous.wait_for(path, deadline_seconds=250.0)
     late = time.monotonic() - published[0]
     timer.join()
     assert found == ADDRESS
-    assert late < 2.0
+    assert late < 5.0, "it looks every 0.5 s at least"
 
 
 def test_a_rank_that_comes_last_does_not_wait(tmp_path: Path) -> None:

@@ -188,9 +188,9 @@ def launch(
         for rank in range(world_size)
     ]
     try:
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + 1500
         while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            assert time.monotonic() < deadline, "the ranks are not done after 600 s"
+            assert time.monotonic() < deadline, "the ranks are not done after 1500 s"
             time.sleep(0.05)
     finally:
         for rank in ranks:

@@ -28,7 +28,7 @@ def command(folder: Path, *words: str, **variables: str) -> subprocess.Completed
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "CACHE_DIR": str(folder / "cache")}
     return subprocess.run(
         [sys.executable, "-m", *words], cwd=folder, env={**inherited, **own, **variables},
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from recipes.lib.distributed import joined
 from tests.recipes.parity import SAVED_AT, STEPS, Case, Outcome, launch, make_data, run_cases
 
 # The first test waits for every process of the file: a minute on two idle cores, several on busy ones.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 LAYOUTS = {
     # Every copy has the same share, in one piece.

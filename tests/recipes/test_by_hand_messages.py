@@ -182,7 +182,7 @@ def test_ranks_that_tensor_parallel_does_not_divide(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "recipes.ch2.tensor_parallel", "tensor_parallel=2"],
         cwd=ROOT, env={**os.environ, "RUN_DIR": str(tmp_path)}, capture_output=True, text=True, check=False,
-        timeout=240,
+        timeout=600,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == "error: tensor_parallel=2: wants a divisor of 1, the number of ranks\n"

@@ -20,7 +20,7 @@ from recipes.lib.distributed import World, alone, joined
 from tests.recipes.parity import SAVED_AGAIN_AT, SAVED_AT, STEPS, Case, Outcome, launch, make_data, run_cases
 
 # The first test waits for every process of the file: a minute on two idle cores, several on busy ones.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 UNEVEN = {"batch_size": 6, "microbatch_size": 1}
 OTHER_WEIGHTS = {**UNEVEN, "seed": 1}

@@ -44,7 +44,7 @@ def compare(folder: Path, *more: str) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "recipes.ch4.compare",
          *words, f"data={folder / 'texts'}", "device=cpu"],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=600,
         env={**os.environ, "RUN_DIR": str(run), "CACHE_DIR": str(folder), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

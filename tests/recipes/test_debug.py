@@ -18,7 +18,7 @@ from recipes.lib.arguments import ArgumentError, parse
 from recipes.lib.flight_record import Call, own_line, parting
 
 # Six trainings start one after another, three processes each, and each stands still for some seconds.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).parents[2]
 CULPRIT, RANKS, STEP = 2, 3, 3
 SOURCE = Path(faulty.__file__).read_text().splitlines()

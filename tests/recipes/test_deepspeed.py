@@ -25,7 +25,7 @@ from tests.recipes.parity import SAVED_AGAIN_AT, SAVED_AT, STEPS, Case, Outcome,
 from tests.recipes.test_training import metrics_of, start
 
 # The first test waits for every process of the file: a minute on two idle cores, several on busy ones.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 SLICED = {"stage": 3, "persistence_threshold": 100}
 """By default parameters as small as those of these models stay whole."""
@@ -262,7 +262,7 @@ def test_without_deepspeed_it_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", hidden, "steps=1"],
         cwd=Path(__file__).parents[2], env={**os.environ, "RUN_DIR": str(tmp_path / "run")},
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=400,
     )  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "needs deepspeed" in done.stderr

@@ -28,7 +28,7 @@ SMALL = ("batch_size=4", "sequence_length=64", "steps=2", "warmup_steps=1")
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """Two ranks, of which the second one's disk pretends to be slow."""
     folder = tmp_path_factory.mktemp("profile")
-    done = run(folder, "recipes.ch1.profile", *SMALL, "input_delay=2", "delayed_rank=1")
+    done = run(folder, "recipes.ch1.profile", *SMALL, "input_delay=4", "delayed_rank=1")
     assert done.status == 0, done.err[-4000:]
     return done
 

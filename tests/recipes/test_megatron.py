@@ -31,7 +31,7 @@ from recipes.lib.stack import STACK_FOLDER
 from tests.recipes.parity import SAVED_AT, SEQUENCE_LENGTH, SIZE, STEPS, Case, Outcome, launch, make_data
 
 # The first test waits for all processes of the file.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 WORKER = "tests.recipes.megatron_parity"
 LOSS, NORM = 3e-6, 5e-5
@@ -196,7 +196,7 @@ def run(module: str, *words: str, **variables: str) -> subprocess.CompletedProce
     command = [sys.executable, "-m", module, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
-        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=400
     )
 
 

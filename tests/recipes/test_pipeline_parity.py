@@ -17,7 +17,7 @@ from recipes.lib.pipeline_orders import SCHEDULES
 from tests.recipes.parity import SAVED_AT, STEPS, Case, Outcome, launch, make_data, run_cases
 
 # The first test waits for every process of the file: half a minute on two idle cores, several on busy ones.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 TOLERANCES = {"float64": (1e-12, 1e-12), "float32": (1e-6, 5e-5)}
 # Eight sequences in four or eight microbatches.

@@ -1,0 +1,7 @@
+"""Every command of the page on checks works as it is printed."""
+
+from __future__ import annotations
+
+from tests.docs.documents import commands_of
+
+test_commands_work_as_printed = commands_of("checks/README.md")
