@@ -101,25 +101,26 @@ def expectations(spec: JobSpec) -> list[str]:
 
 def failed_earlier(run_dir: Path, attempt_dir: Path) -> dict[str, str]:
     """By check, a node on which it blocked in an earlier attempt of the run."""
-    found: dict[str, str] = {}
-    for path in sorted(run_dir.glob("attempt-*/preflight.json")):
-        if path.parent != attempt_dir:
-            content = json.loads(path.read_text())
-            listed = (
-                content["findings"] if isinstance(content, dict) else []
-            )  # an older launcher wrote reports alone
-            found |= {one["check"]: one["node"] for one in listed}
-    return found
+    return {
+        one["check"]: one["node"]
+        for content in _records_of_others(run_dir, attempt_dir)
+        for one in content["findings"]
+    }
 
 
 def pairs_earlier(run_dir: Path, attempt_dir: Path) -> list[frozenset[str]]:
     """Pairs of nodes that earlier attempts of the run blamed together."""
-    found: list[frozenset[str]] = []
-    for path in sorted(run_dir.glob("attempt-*/preflight.json")):
-        content = json.loads(path.read_text()) if path.parent != attempt_dir else None
-        if isinstance(content, dict):  # an older launcher wrote reports alone
-            found += [frozenset(link["nodes"]) for link in content.get("links", ())]
-    return found
+    return [
+        frozenset(link["nodes"])
+        for content in _records_of_others(run_dir, attempt_dir)
+        for link in content["links"]
+    ]
+
+
+def _records_of_others(run_dir: Path, attempt_dir: Path) -> list[dict[str, Any]]:
+    """What the preflights of the run's other attempts left, oldest first."""
+    paths = sorted(run_dir.glob("attempt-*/preflight.json"))
+    return [json.loads(path.read_text()) for path in paths if path.parent != attempt_dir]
 
 
 def _ask(

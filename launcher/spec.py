@@ -121,10 +121,10 @@ class JobSpec:
                 f"the run's spec has version {version}; this launcher reads version {SPEC_VERSION}"
             )
         container = fields.pop("container")
-        checks = fields.pop("checks", {})  # an older launcher wrote none
+        checks = fields.pop("checks")
         return cls(
             **{**fields, "exclude": tuple(fields["exclude"]), "activate": tuple(fields["activate"])},
-            checks=Expected(**{**checks, "without": tuple(checks.get("without", ()))}),
+            checks=Expected(**{**checks, "without": tuple(checks["without"])}),
             container=Container(**{**container, "mounts": tuple(container["mounts"])}),
         )
 

@@ -155,8 +155,8 @@ def test_one_end_of_a_link_is_on_record_for_an_hour_because_it_may_be_the_other_
 
 def test_the_pairs_of_earlier_attempts_are_read_from_their_reports(tmp_path: Path) -> None:
     links = [{"check": "net.pairs", **dataclasses.asdict(OPEN)}]
-    for number, content in ((1, {"links": links}), (2, {}), (3, []), (4, {"links": links})):
+    for number, found in ((1, links), (2, []), (3, links)):
         folder = tmp_path / f"attempt-0{number}"
         folder.mkdir()
-        (folder / "preflight.json").write_text(json.dumps(content))
-    assert preflight.pairs_earlier(tmp_path, tmp_path / "attempt-04") == [frozenset(("n1", "n2"))]
+        (folder / "preflight.json").write_text(json.dumps({"links": found}))
+    assert preflight.pairs_earlier(tmp_path, tmp_path / "attempt-03") == [frozenset(("n1", "n2"))]
