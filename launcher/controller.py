@@ -200,8 +200,9 @@ def _one_attempt(here: Here, bad: tuple[str, ...], *, lost_nodes: bool) -> Decis
     nodes = _working_nodes(here, bad)
     number, attempt_dir = run.new_attempt_dir()
     started, step_in = time.time(), runs.last_metrics(run).get("step")
-    job_at_start = here.watcher.newest if here.watcher else None
-    lost.note_start(attempt_dir, here.allocation.job_id, nodes, started)
+    # Asked now: a job that is put back has a new StartTime, and would have been in the queue for as long as it ran.
+    queued = _queue_seconds(here, number)
+    lost.note_start(attempt_dir, here.allocation.job_id, nodes, started, queued)
     say(f"run {run.id} attempt {number}: {spec.recipe} on {', '.join(nodes)}; directory {run.path}")
     here.write_state("starting", "preflight", attempt=number)
     here.write_state("running", f"{spec.world_size} ranks", attempt=number)
@@ -210,14 +211,10 @@ def _one_attempt(here: Here, bad: tuple[str, ...], *, lost_nodes: bool) -> Decis
     metrics, events = ledger.read_lines(run.metrics_file), durations.announcements(run)
     now = time.time()
     seconds = {**ended.seconds, **durations.of_attempt(number, ended.tasks_started, now, metrics, events)}
-    # A job that was put back has a new StartTime, and would have been in the queue for as long as it ran.
-    job = job_at_start or (here.watcher.newest if here.watcher else None)
-    if (
-        job is not None
-        and job.queue_seconds is not None
-        and number == _first_attempt_of(run, here.allocation)
-    ):
-        seconds["queue"] = job.queue_seconds
+    if queued is None:  # slurmctld was away when the attempt began
+        queued = _queue_seconds(here, number)
+    if queued is not None:
+        seconds["queue"] = queued
     outcome = ended.outcome
     evidence = tuple(dict.fromkeys((*outcome.evidence, *durations.troubles(number, events))))
     record = ledger.AttemptRecord(
@@ -364,6 +361,12 @@ def _working_nodes(here: Here, bad: Sequence[str]) -> tuple[str, ...]:
             f"{needed} nodes are needed and {len(healthy)} of the job's {len(everything)} are healthy"
         )
     return healthy[:needed]
+
+
+def _queue_seconds(here: Here, number: int) -> float | None:
+    """How long the attempt waited in Slurm's queue; None where an attempt before it did, or nobody knows."""
+    job = here.watcher.newest if here.watcher else None
+    return job.queue_seconds if job and number == _first_attempt_of(here.run, here.allocation) else None
 
 
 def _first_attempt_of(run: runs.Run, allocation: Allocation) -> int:

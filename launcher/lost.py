@@ -19,9 +19,14 @@ from launcher.saying import say
 START_FILE = "attempt.json"
 
 
-def note_start(attempt_dir: Path, job_id: str, nodes: Sequence[str], started: float) -> None:
-    """Leave what a later controller needs to know of this attempt, should this one die."""
-    about = {"job_id": job_id, "nodes": list(nodes), "started": started}
+def note_start(
+    attempt_dir: Path, job_id: str, nodes: Sequence[str], started: float, queue_seconds: float | None
+) -> None:
+    """Leave what a later controller needs to know of this attempt, should this one die.
+
+    `queue_seconds` is how long it waited in Slurm's queue; None where another attempt did, or nobody knows.
+    """
+    about = {"job_id": job_id, "nodes": list(nodes), "started": started, "queue_seconds": queue_seconds}
     runs.write_text(attempt_dir / START_FILE, json.dumps(about) + "\n")
 
 
@@ -80,6 +85,9 @@ def _record(run: runs.Run, number: int, folder: Path, outcome: Outcome) -> dict[
     logs = [path.stat().st_mtime for path in folder.iterdir()]
     ended = max([started, *logs, *(float(line["time"]) for line in steps)])
     until_now = [event for event in events if int(event.get("attempt", 0)) <= number]
+    seconds = durations.of_attempt(number, started, ended, metrics, events)
+    if about.get("queue_seconds") is not None:
+        seconds["queue"] = about["queue_seconds"]
     return {
         "attempt": number,
         "job_id": about.get("job_id", ""),
@@ -98,7 +106,7 @@ def _record(run: runs.Run, number: int, folder: Path, outcome: Outcome) -> dict[
         "made_steps": bool(steps),
         "saved_in": durations.saved_before(number, events),
         "saved_out": durations.last_saved(until_now),
-        "seconds": durations.of_attempt(number, started, ended, metrics, events),
+        "seconds": seconds,
         "excluded": [],
         "slow": state.get("slow", []) if (state := run.state()).get("attempt") == number else [],
     }
