@@ -63,7 +63,8 @@ def kill_node(box: boxes.Box, node: str) -> None:
     below = {
         child for task in tasks for child in _children_of(task)
     }  # the controller's srun has another environment
-    for process in {*above, *tasks, *below}:
+    # The slurmstepds first: one that sees its task die tells slurmctld that the job has ended, as no dead node can.
+    for process in [*above, *tasks, *below]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
