@@ -54,8 +54,13 @@ def test_a_process_without_a_cpu_is_told_from_one_that_sleeps() -> None:
             time.sleep(1.0)
             assert is_starved(scheduled(poor.pid))
             assert not is_starved(scheduled(lazy.pid))
-            said = described(before[poor.pid], scheduled(poor.pid))
-            assert seconds_in(r"state R, (\S+) s of them", said) > 0.3
+            # The kernel adds a wait up when it is over: on a crowded machine that takes longer than a second.
+            while (
+                seconds_in(r"state R, (\S+) s of them", described(before[poor.pid], scheduled(poor.pid)))
+                <= 0.3
+            ):
+                assert time.monotonic() < ends
+                time.sleep(0.1)
             assert "sleeps (state S)" in described(before[lazy.pid], scheduled(lazy.pid))
         finally:
             for one in (poor, lazy):
