@@ -146,10 +146,7 @@ class Zero:
             norm = clip_gradients(self.model, self.plan.args.clip_norm)
             self.engine.step()
             return norm
-        self.engine.step()
-        # After an overflow it has left out the step and says the norm of an earlier one.
-        norm = math.inf if self.engine.optimizer.overflow else self.engine.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.plan.world.device)
+        return step_under_zero(self.engine, self.plan.world.device)
 
     def kept(self) -> Kept:
         """Bytes that this rank holds between two steps."""
@@ -167,6 +164,14 @@ class Zero:
             set_torch_state(self.model, self.optimizer, model, optimizer)
         else:
             self.state.loaded(optimizer)
+
+
+def step_under_zero(engine: Any, device: torch.device) -> Tensor:
+    """Clip and step; gives the gradient's norm of before, infinite after an overflow, for which no step was made."""
+    engine.step()
+    # After an overflow it has left out the step and says the norm of an earlier one.
+    norm = math.inf if engine.optimizer.overflow else engine.get_global_grad_norm()
+    return torch.as_tensor(norm, dtype=torch.float32, device=device)
 
 
 def fill(state: ZeroState, model: Transformer, plan: Plan) -> None:

@@ -16,7 +16,6 @@ each expert got, and what was dropped, stands in experts.jsonl, and at the end i
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipes.ch5.deepspeed import show
+from recipes.ch5.deepspeed import show, step_under_zero
 from recipes.ch5.deepspeed_args import DeepSpeedArgs
 from recipes.ch5.deepspeed_config import deepspeed_config
 from recipes.ch5.deepspeed_moe_args import DeepSpeedMoeArgs
@@ -185,9 +184,7 @@ class Experts:
             norm = clip_by_true_norm(self.model, self.args.clip_norm)
             self.engine.step()
             return norm
-        self.engine.step()
-        norm = math.inf if self.engine.optimizer.overflow else self.engine.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.plan.world.device)
+        return step_under_zero(self.engine, self.plan.world.device)
 
     def kept(self) -> Kept:
         """Bytes that this rank holds between two steps."""
