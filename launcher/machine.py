@@ -56,7 +56,8 @@ def box_node() -> NodeFacts:
     found = box.find(box_name())
     if found is None:
         cores = max(1, machine.cores // DEFAULT_BOX_NODES)
-        return NodeFacts(machine.gpus // DEFAULT_BOX_NODES, cpus=cores, cores=cores, nodes=None)
+        gpus = machine.gpus // DEFAULT_BOX_NODES or min(machine.gpus, 1)  # fewer than nodes are shared
+        return NodeFacts(gpus, cpus=cores, cores=cores, nodes=None)
     return parse_box_nodes(_sinfo(found.bin_dir), machine)
 
 

@@ -48,7 +48,14 @@ def _as_cuda_reads(visible: str) -> list[str]:
 
 
 def share_out(gpus: Sequence[Gpu], nodes: int) -> tuple[tuple[Gpu, ...], ...]:
-    """Deal the GPUs to `nodes` nodes in order; if they do not divide evenly the first get one more."""
+    """Deal the GPUs to `nodes` nodes in order; if they do not divide evenly the first get one more.
+
+    Fewer GPUs than nodes are shared: a job of two nodes is then two ranks of NCCL over its network transport on one
+    GPU, which NCCL allows to ranks of differing NCCL_HOSTID alone. Slow, and the same code as on two hosts. A node
+    without any would join that job with a rank on the CPU.
+    """
+    if 0 < len(gpus) < nodes:
+        return tuple((gpus[node % len(gpus)],) for node in range(nodes))
     each, rest = divmod(len(gpus), nodes)
     shares, start = [], 0
     for node in range(nodes):

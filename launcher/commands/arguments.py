@@ -138,7 +138,12 @@ def box(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPUs that Slurm gives out per node, whatever this machine has (`box status` shows them)",
     )
-    up.add_argument("--gpus", type=int, metavar="N", help="GPUs to deal to the nodes (default: all)")
+    up.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="GPUs to deal to the nodes (default: all; nodes share them where there are fewer)",
+    )
     up.add_argument("--accounting", action="store_true", help="run slurmdbd too, so that sacct answers")
 
     down = actions.add_parser("down", help="end a box with all its jobs")

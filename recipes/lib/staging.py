@@ -6,13 +6,40 @@ second one; what it is made of is used here, and keeps a copy's memory for the n
 
 from __future__ import annotations
 
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+import torch.cuda._pin_memory_utils as pinning
+from torch import UntypedStorage
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 State = dict[str, Any]
+
+
+class _ResidentCopies(StateDictStager):
+    """Takes pinned memory from the system before it hands it to the driver.
+
+    Pinning new memory makes the driver fetch each page while it holds its lock, which every kernel's launch waits for:
+    22 GiB made the training step beside it 17 s long. Written to first, by threads that hold no lock, the pages are
+    there.
+    """
+
+    def _stage_untyped_storage(self, storage: UntypedStorage, non_blocking: bool = False) -> UntypedStorage:
+        new = storage not in self._cached_storage_mapping
+        if self.pin_memory and new and storage.nbytes() >= self.pin_memory_min_bytes:
+            self._cached_storage_mapping[storage] = _pinned(storage.nbytes())
+        staged: UntypedStorage = super()._stage_untyped_storage(storage, non_blocking=non_blocking)
+        return staged
+
+
+def _pinned(size: int) -> UntypedStorage:
+    memory = torch.empty(size, dtype=torch.uint8).fill_(0).untyped_storage()
+    pinning.pin_memory(memory.data_ptr(), size)
+    unpin = weakref.finalize(memory, pinning.unpin_memory, memory.data_ptr())
+    unpin.atexit = False  # the CUDA context is gone by then
+    return memory
 
 
 class Stager:
@@ -23,7 +50,7 @@ class Stager:
         self.overlaps = device.type == "cuda"
         """Whether a copy goes on after `stage` has returned."""
         # Pinned: the GPU writes to it by itself, at the rate of the bus.
-        self._copies = StateDictStager(pin_memory=self.overlaps)
+        self._copies = _ResidentCopies(pin_memory=self.overlaps)
         self._thread = ThreadPoolExecutor(1, "staging") if self.overlaps else None
         self._stream = torch.cuda.Stream(device) if self.overlaps else None
 

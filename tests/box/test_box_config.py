@@ -167,12 +167,18 @@ def test_a_cuda_visible_devices_that_is_set_narrows_the_choice(visible: str, exp
 
 
 @pytest.mark.parametrize(
-    ("count", "nodes", "expected"), [(4, 2, [2, 2]), (1, 2, [1, 0]), (5, 3, [2, 2, 1]), (0, 2, [0, 0])]
+    ("count", "nodes", "expected"), [(4, 2, [2, 2]), (2, 2, [1, 1]), (5, 3, [2, 2, 1]), (0, 2, [0, 0])]
 )
 def test_gpus_are_dealt_evenly_and_none_is_left_over(count: int, nodes: int, expected: list[int]) -> None:
     dealt = gpus.share_out([Gpu(f"/dev/nvidia{index}", str(index)) for index in range(count)], nodes)
     assert [len(share) for share in dealt] == expected
     assert [gpu.cuda_name for share in dealt for gpu in share] == [str(index) for index in range(count)]
+
+
+def test_fewer_gpus_than_nodes_are_shared_so_that_no_node_has_none() -> None:
+    one, other = Gpu("/dev/nvidia0", "0"), Gpu("/dev/nvidia1", "1")
+    assert gpus.share_out([one], 2) == ((one,), (one,))
+    assert gpus.share_out([one, other], 3) == ((one,), (other,), (one,))
 
 
 def test_more_gpus_than_there_are_is_refused() -> None:

@@ -17,8 +17,8 @@ rank = int(os.environ["RANK"])
 witness.dump_stacks_on_signal(folder / f"stacks-{rank}.txt")
 witness.dump_collectives_on_signal(witness.collectives_file(folder, rank))
 if backend == "nccl":
-    torch.cuda.set_device(rank)
-device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
 dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=2)
 other = dist.new_group([0, 1])
 for _ in range(2):

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -60,7 +59,10 @@ from recipes.lib.parallelism import attention_backends, precision
 from recipes.lib.shards import TokenShards, write_shards
 from recipes.lib.stack import OwnFiles
 from recipes.lib.training import Plan, Remembering, Technique, optimizer_step
+from tests.recipes.ranks import run_ranks, told
 
+DEVICE = os.environ.get("PARITY_DEVICE", "cpu")
+"""Where ranks compute: `cuda` runs the same promises on GPUs, which ranks share where there are fewer."""
 VOCABULARY = 263
 """A prime: no number of ranks divides it, so every sharding of the tables is uneven."""
 SIZE = ModelSize(
@@ -159,45 +161,15 @@ def launch(
     folder: Path,
     world_size: int,
     cases: Sequence[Case],
-    device: str = "cpu",
+    device: str = DEVICE,
     module: str = "tests.recipes.parity",
 ) -> dict[str, Outcome]:
     """Run `cases`, which all want `world_size`, on that many new processes; by name what they computed."""
     assert {case.world_size for case in cases} == {world_size}
-    # The port is the store's own choice: a free one that is looked for beforehand may be taken by then.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     words = folder / f"cases-{time.monotonic_ns()}.json"
     words.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
-    shared = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(folder), str(words), device],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        deadline = time.monotonic() + 1500
-        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            assert time.monotonic() < deadline, "the ranks are not done after 1500 s"
-            time.sleep(0.05)
-    finally:
-        for rank in ranks:
-            rank.kill()
-        errors = [rank.communicate()[1] for rank in ranks]
-    failed = [f"rank {n}:\n{errors[n]}" for n, rank in enumerate(ranks) if rank.returncode not in (0, -9)]
-    assert not failed, "\n".join(failed)
+    failed = told(run_ranks(["-m", module, str(folder), str(words), device], world_size, device))
+    assert not failed, failed
     found = json.loads(words.with_suffix(".outcomes").read_text())
     return {name: Outcome(**fields) for name, fields in found.items()}
 

@@ -21,7 +21,18 @@ from recipes.ch5.deepspeed_config import BETAS, deepspeed_config
 from recipes.lib import optimizer
 from recipes.lib.arguments import ArgumentError
 from recipes.lib.distributed import alone
-from tests.recipes.parity import SAVED_AGAIN_AT, SAVED_AT, STEPS, Case, Outcome, launch, make_data, run_cases
+from tests.recipes.parity import (
+    DEVICE,
+    SAVED_AGAIN_AT,
+    SAVED_AT,
+    STEPS,
+    Case,
+    Outcome,
+    launch,
+    make_data,
+    run_cases,
+)
+from tests.recipes.ranks import run_ranks, told
 from tests.recipes.test_training import metrics_of, start
 
 # The first test waits for every process of the file: a minute on two idle cores, several on busy ones.
@@ -140,7 +151,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with alone("cpu") as world:
+    with alone(DEVICE) as world:
         found = run_cases(folder, references, world)
     torch.set_num_threads(threads)
     everything = [
@@ -332,19 +343,21 @@ def test_gradients_are_summed_in_float32_whatever_is_computed_in() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_on_gpus_it_learns_and_goes_on(stage: int, tmp_path: Path) -> None:
-    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "recipes.ch5.deepspeed"]
-    words += [f"stage={stage}", "data=stdlib", "sequence_length=64", "save_every=5"]
+    words = [
+        "-m",
+        "recipes.ch5.deepspeed",
+        f"stage={stage}",
+        "data=stdlib",
+        "sequence_length=64",
+        "save_every=5",
+    ]
     run = {**os.environ, "RUN_DIR": str(tmp_path / "run"), "CACHE_DIR": str(tmp_path)}
     for steps in (5, 8):
-        subprocess.run(
-            [sys.executable, "-m", *words, f"steps={steps}"],
-            cwd=Path(__file__).parents[2],
-            env=run,
-            check=True,
-        )
+        failed = told(run_ranks([*words, f"steps={steps}"], 2, "cuda", run))
+        assert not failed, failed
     lines = metrics_of(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[-1]["loss"] < lines[0]["loss"]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,8 @@ from recipes.lib.export import CannotExport, export
 from recipes.lib.flops import flops_per_token, parameter_count
 from recipes.lib.model import initial_values
 from tests.recipes import moe_parity  # noqa: F401 (the mixtures are techniques from here on)
-from tests.recipes.parity import SAVED_AT, SIZE, STEPS, Case, Outcome, launch, make_data, run_cases
+from tests.recipes.parity import DEVICE, SAVED_AT, SIZE, STEPS, Case, Outcome, launch, make_data, run_cases
+from tests.recipes.ranks import run_ranks, told
 from tests.recipes.test_training import metrics_of, start
 
 # The first test waits for every process of the file: a minute on two idle cores, several on busy ones.
@@ -106,7 +105,7 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
              for kind, args in KINDS.items()]  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with alone("cpu") as world:
+    with alone(DEVICE) as world:
         found = run_cases(folder, plain, world)
     torch.set_num_threads(threads)
     for size in (2, 4):
@@ -329,22 +328,15 @@ def test_experts_are_spread_over_ranks_that_they_divide() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_on_gpus_it_learns_and_goes_on(stage: int, tmp_path: Path) -> None:
-    words = [
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "recipes.ch5.deepspeed_moe",
-    ]
-    words += [f"stage={stage}", "data=stdlib", "sequence_length=64", "save_every=5"]
+    words = ["-m", "recipes.ch5.deepspeed_moe", f"stage={stage}"]
+    words += ["data=stdlib", "sequence_length=64", "save_every=5"]
     run = {**os.environ, "RUN_DIR": str(tmp_path / "run"), "CACHE_DIR": str(tmp_path)}
     for steps in (5, 8):
-        command = [sys.executable, "-m", *words, f"steps={steps}"]
-        subprocess.run(command, cwd=Path(__file__).parents[2], env=run, check=True)
+        failed = told(run_ranks([*words, f"steps={steps}"], 2, "cuda", run))
+        assert not failed, failed
     lines = metrics_of(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[-1]["loss"] < lines[0]["loss"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from recipes.lib.model_sizes import SIZES
 from recipes.lib.roofline import Roof
 from recipes.lib.step_trace import PARTS, PREFIX
 from recipes.lib.workloads import Gain, Workload
+from tests.recipes.ranks import run_ranks, told
 from tests.recipes.test_measuring_recipes import ROOT, Done, run
 
 SMALL = ("batch_size=4", "sequence_length=64", "steps=2", "warmup_steps=1")
@@ -116,11 +118,12 @@ def test_one_device_alone_with_recomputation(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_gpus_kernels_are_counted_and_the_memory_is_kept_as_a_snapshot(tmp_path: Path) -> None:
-    done = run(tmp_path, "recipes.ch1.profile", *SMALL)
-    assert done.status == 0, done.err[-4000:]
-    verdict = measured(done, "bottleneck")
+    run_dir = {**os.environ, "RUN_DIR": str(tmp_path)}
+    ended = run_ranks(["-m", "recipes.ch1.profile", *SMALL], 2, "cuda", run_dir)
+    assert not told(ended), told(ended)
+    verdict = measured(Done(0, ended[0].out, ended[0].err, tmp_path), "bottleneck")
     assert sum(verdict["parts"].values()) == pytest.approx(verdict["seconds_profiled"])
     assert verdict["parts"]["backward"] > 0
     assert verdict["exchange_seconds"] > 0, "NCCL's kernels"

@@ -149,12 +149,12 @@ def test_trains_as_one_process_does(reference: str, case: Case, outcomes: dict[s
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_trains_as_one_gpu_does(tmp_path: Path) -> None:
-    """The same cases on two GPUs, which choose another kernel, and so another order of summation, for another shape."""
+    """The same cases on GPUs, which choose another kernel, and so another order of summation, for another shape."""
     make_data(tmp_path / "data")
     found: dict[str, Outcome] = {}
-    for world_size in (1, 2):
+    for world_size in (1, 2, 4):
         cases = [case for case in [*REFERENCES, *(case for _, case in ALL)] if case.world_size == world_size]
         cases = [case for case in cases if "init_from" not in case.args]
         found |= launch(tmp_path, world_size, cases, "cuda", WORKER)
