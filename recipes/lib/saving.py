@@ -6,8 +6,8 @@ copy takes seconds, because it allocates that memory: it is rehearsed after the 
 One save is under way at a time: the next one waits for it, and so does the end of a run. Host memory holds one copy
 of a rank's part of the state.
 
-RUN_DIR/checkpoints.jsonl tells whoever watches, one line per event: started, saved, failed, skipped; and passed_over
-where a run begins and does not go on from a checkpoint, because it is torn or corrupt.
+RUN_DIR/checkpoints.jsonl tells whoever watches, one line per event: started, saved, failed, skipped; passed_over where
+a run begins and does not go on from a checkpoint, because it is torn or corrupt; loaded, for the one it goes on from.
 """
 
 from __future__ import annotations
@@ -254,6 +254,36 @@ def announce_passed_over(run_directory: Path, passed_over: Sequence[PassedOver],
         print(f"warning: {one}", file=sys.stderr, flush=True)
         about = {"event": "passed_over", "step": one.step, "reason": one.problem}
         lines.append({**about, "attempt": attempt(), "time": time.time()})
+    lines.close()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What it took to come back from a checkpoint."""
+
+    folder: Path
+    seconds_checking: float
+    """To find the newest sound one: the ranks read every byte of it for its checksum."""
+    seconds_reading: float
+    """To fill model, optimizer and random state."""
+
+    def __str__(self) -> str:
+        seconds = f"{self.seconds_checking:.1f} s to check it, {self.seconds_reading:.1f} s to read it"
+        return f"going on from {self.folder.name} ({seconds})"
+
+
+def announce_loaded(run_directory: Path, loaded: Loaded, world: World) -> None:
+    """Rank 0 tells whoever watches how long the run took to come back."""
+    if not world.is_first:
+        return
+    about = {
+        "event": "loaded",
+        "step": manifest.step_of(loaded.folder),
+        "seconds_checking": loaded.seconds_checking,
+        "seconds_reading": loaded.seconds_reading,
+    }
+    lines = Lines(run_directory / ANNOUNCEMENTS_FILE)
+    lines.append({**about, "attempt": attempt(), "time": time.time()})
     lines.close()
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ from recipes.lib.optimizer import clip_gradients, learning_rate, own_part, set_l
 from recipes.lib.own_time import OwnTime
 from recipes.lib.parallelism import Precision, attention_backends, precision
 from recipes.lib.pretrained import check_init_from, load_pretrained
-from recipes.lib.saving import Saver, announce_passed_over, keep_tokenizer
+from recipes.lib.saving import Loaded, Saver, announce_loaded, announce_passed_over, keep_tokenizer
 from recipes.lib.stack import OwnFiles
 from recipes.lib.stopping import OF_THIS_PROCESS, Stopped, attempt_folder
 from recipes.lib.writing import NotSaved
@@ -114,6 +115,8 @@ class Plan:
     run_directory: Path
     resume_from: Path | None
     """The checkpoint to go on from; None begins at step 1."""
+    seconds_checking: float = 0.0
+    """That it took to find it: the ranks read every byte for its checksum."""
 
 
 def make_plan(recipe: str, args: TrainArgs, world: World, layout: Layout | None = None) -> Plan:
@@ -133,6 +136,7 @@ def make_plan(recipe: str, args: TrainArgs, world: World, layout: Layout | None 
     rows = args.vocabulary_rows(dataset.vocab_size)
     size = dataclasses.replace(SIZES[args.model], vocab_size=rows)
     directory = run_directory(recipe, world)
+    began = time.perf_counter()
     newest = _newest(directory, args, world)
     return Plan(
         recipe=recipe,
@@ -144,6 +148,7 @@ def make_plan(recipe: str, args: TrainArgs, world: World, layout: Layout | None 
         layout=layout or Layout.each_its_own(world),
         run_directory=directory,
         resume_from=newest,
+        seconds_checking=time.perf_counter() - began,
     )
 
 
@@ -210,8 +215,13 @@ def train(plan: Plan, technique: Technique) -> None:
     progress = Progress()
     if world.is_first:
         keep_tokenizer(plan.dataset.folder, plan.run_directory)
+    beginning = "from the start"
     if plan.resume_from is not None:
+        began = time.perf_counter()
         progress = checkpoint.load(plan.resume_from, trained, world)
+        found = Loaded(plan.resume_from, plan.seconds_checking, time.perf_counter() - began)
+        announce_loaded(plan.run_directory, found, world)
+        beginning = str(found)
         if isinstance(technique, Remembering):
             technique.recall(progress.technique)
     compute = str(plan.precision.compute).removeprefix("torch.")
@@ -220,7 +230,6 @@ def train(plan: Plan, technique: Technique) -> None:
         f"{world.size} x {_device_name(world.device)}; "
         f"{flops.full / 1e9:.3g} GFLOP/token ({flops.causal / 1e9:.3g} causal)"
     )
-    beginning = f"going on from {plan.resume_from.name}" if plan.resume_from else "from the start"
     metrics.say(f"run directory {plan.run_directory}; {beginning}")
 
     saver = Saver(

@@ -1,7 +1,10 @@
 """The parity matrix on this machine's GPUs: every case of the CPU's, in float32 and bfloat16, against one GPU.
 
     python -m tests.recipes.parity_on_gpus          on as many GPUs as there are
-    python -m tests.recipes.parity_on_gpus 2 FILE   on two, and every difference as JSON in FILE
+    python -m tests.recipes.parity_on_gpus 2 FILE   as two ranks, and every difference as JSON in FILE
+    python -m tests.recipes.parity_on_gpus 4 FILE pipeline    one technique's cases alone
+
+On fewer GPUs than ranks these share them, each as a host of its own, over NCCL's sockets.
 
 Printed is the largest relative difference of the loss and of the gradient's norm over six steps, by technique. Exit
 status 1 where one is above its bound. The bounds were set before the first measurement: float32 as on the CPU, times
@@ -89,14 +92,19 @@ def relative(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return max(each if each == each else float("inf") for each in differences)
 
 
-def measure(gpus: int, folder: Path) -> list[Difference]:
-    """Run everything that at most `gpus` GPUs can."""
+def measure(gpus: int, folder: Path, technique: str = "") -> list[Difference]:
+    """Run everything that at most `gpus` ranks can, of one technique or of all."""
     cases = {size: cases_of(size) for size in SIZES if size <= gpus}
+    cases = {
+        size: [case for case in some if technique in ("", case.technique)] for size, some in cases.items()
+    }
     everything = [case for some in cases.values() for case in some]
     references = [reference(case, dtype) for case in everything for dtype in BOUNDS]
     alone = {case.name: case for case in references}
     found: dict[str, Outcome] = launch(folder, 1, list(alone.values()), "cuda")
     for size, some in cases.items():
+        if not some:
+            continue
         found |= launch(folder, size, some, "cuda")
     differences = []
     for case in everything:
@@ -148,7 +156,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_data(folder / "data")
-        differences = measure(gpus, folder)
+        differences = measure(gpus, folder, *sys.argv[3:4])
     if len(sys.argv) > 2:
         Path(sys.argv[2]).write_text(json.dumps([dataclasses.asdict(one) for one in differences], indent=1))
     print(summary(differences))
