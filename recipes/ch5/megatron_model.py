@@ -29,6 +29,7 @@ with needs("megatron"):
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -145,6 +146,9 @@ def _leave(parameter: Tensor) -> None:
 def _experts(size: ModelSize, args: MegatronArgs) -> dict[str, object]:
     if args.experts == 0:
         return {}
+    # The router of 0.16.1 asks whether this is None and defines it with Transformer Engine alone: without, each pass
+    # ends in a NameError. 0.19.2 does both.
+    vars(moe_utils).setdefault("te_general_gemm", None)
     return {
         "num_moe_experts": args.experts,
         "moe_router_topk": args.experts_per_token,

@@ -50,10 +50,6 @@ def install() -> None:
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *_: Stream()  # type: ignore[assignment, return-value]
     CudaIsTheCpu().__enter__()
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils
-
-    # 0.16.1 asks whether this is None, and defines it with Transformer Engine alone; 0.19.2 does both.
-    vars(moe_utils).setdefault("te_general_gemm", None)
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
