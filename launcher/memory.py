@@ -15,18 +15,15 @@ def check_memory(spec: JobSpec) -> str | None:
     if not spec.checks.sku or not spec.gpus_per_node:
         return None
     # Here, because most submissions name no GPU and need not wait for these.
+    from recipes.ch5 import memory as of_stacks
     from recipes.lib.fitting import misfit
     from recipes.lib.gpus import gpu_of_sku
 
     gpu = gpu_of_sku(spec.checks.sku)
     if gpu is None:
         return None
-    if spec.recipe == "ch5_megatron":
-        from recipes.ch5 import megatron_memory
-
-        found = megatron_memory.misfit(spec.args, spec.nodes, spec.tasks_per_node, gpu)
-    else:
-        found = misfit(spec.recipe, spec.args, spec.nodes, spec.tasks_per_node, gpu)
+    judge = of_stacks.misfit if spec.recipe in of_stacks.PREDICTED else misfit
+    found = judge(spec.recipe, spec.args, spec.nodes, spec.tasks_per_node, gpu)
     if found is None:
         return None
     nearest = f"nearest that fits: {found.nearest}" if found.nearest else "nothing near it fits"

@@ -73,9 +73,11 @@ class DeepSpeedArgs(TrainArgs):
                 "wants deepspeed where the moments are on a disk: what is brought back, its AdamW updates"
             )
             raise ArgumentError("adam", self.adam, problem)
-        if self.on_disk and self.save_every >= 0:
-            problem = "wants -1 with offload to nvme: no checkpoint has been tried of what is on a disk"
-            raise ArgumentError("save_every", self.save_every, problem)
+        if self.on_disk and self.async_save:
+            problem = (
+                "wants false with offload to nvme: a copy in host memory is what the disk is there to avoid"
+            )
+            raise ArgumentError("async_save", True, problem)
         if self.nvme_folder and not self.on_disk:
             raise ArgumentError("nvme_folder", self.nvme_folder, "wants offload_optimizer=nvme")
         if self.compile and self.stage == 3:

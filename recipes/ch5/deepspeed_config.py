@@ -5,9 +5,11 @@ Every key is DeepSpeed's own: https://www.deepspeed.ai/docs/config-json/
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from recipes.ch5.deepspeed_args import DeepSpeedArgs
+from recipes.lib.planner import model_size
 
 BETAS = (0.9, 0.95)
 """Those of recipes/lib/optimizer.py."""
@@ -36,7 +38,7 @@ def deepspeed_config(
                 **({"torch_adam": True, "fused": True} if args.adam == "torch" else {}),
             },
         },
-        "zero_optimization": zero(args, on_gpu),
+        "zero_optimization": zero(args, on_gpu, shares),
         "steps_per_print": None,  # the training loop prints
     }
     if bfloat16 and args.stage:
@@ -47,7 +49,7 @@ def deepspeed_config(
     return config
 
 
-def zero(args: DeepSpeedArgs, on_gpu: bool) -> dict[str, Any]:
+def zero(args: DeepSpeedArgs, on_gpu: bool, ranks: int) -> dict[str, Any]:
     """The section `zero_optimization`."""
     section: dict[str, Any] = {"stage": args.stage}
     if args.stage:
@@ -71,4 +73,9 @@ def zero(args: DeepSpeedArgs, on_gpu: bool) -> dict[str, Any]:
             section[key] = {"device": device, "pin_memory": on_gpu}
             if device == "nvme":
                 section[key]["nvme_path"] = args.nvme_folder
+                if key == "offload_param":
+                    # DeepSpeed's 100 million numbers are too few for a rank's part of a large table, and would be
+                    # 2 GiB of float32 for the smallest model. A block more, because it aligns what it writes.
+                    size = model_size(args.model, args.vocab_size)
+                    section[key]["buffer_size"] = math.ceil(size.vocab_size * size.width / ranks) + 2**19
     return section

@@ -16,33 +16,27 @@ each expert got, and what was dropped, stands in experts.jsonl, and at the end i
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recipes.ch5.deepspeed import show, step_under_zero
 from recipes.ch5.deepspeed_args import DeepSpeedArgs
 from recipes.ch5.deepspeed_config import deepspeed_config
+from recipes.ch5.deepspeed_engine import Engine, show, start
 from recipes.ch5.deepspeed_moe_args import DeepSpeedMoeArgs
 from recipes.ch5.deepspeed_moe_load import Load, show_load
-from recipes.ch5.deepspeed_moe_state import WholeState
 from recipes.lib.arguments import TrainArgs, parse_or_exit
 from recipes.lib.dataset import rank_rows
 from recipes.lib.deepspeed_stack import check_deepspeed, import_deepspeed
 from recipes.lib.distributed import World, joined, sum_over_ranks
 from recipes.lib.layout import Layout
-from recipes.lib.memory import Kept
-from recipes.lib.model import FeedForward, Transformer, initial_values
+from recipes.lib.model import FeedForward, Transformer
 from recipes.lib.model_sizes import ModelSize
-from recipes.lib.optimizer import set_learning_rate
 from recipes.lib.parallelism import checkpoint_activations
 from recipes.lib.training import Microbatch, Plan, make_plan, microbatch_rows, recipe_main, train
-from recipes.lib.zero_state import ZeroState
 
 
 class Mixture(nn.Module):
@@ -86,16 +80,11 @@ class Mixture(nn.Module):
         self.taken = torch.bincount(chosen[chosen >= 0], minlength=experts)  # -1: it was full
 
 
-@dataclass(frozen=True)
-class Experts:
+@dataclass(frozen=True, kw_only=True)
+class Experts(Engine):
     """A model with a mixture in each layer, in DeepSpeed's engine."""
 
-    engine: Any
-    plan: Plan
     args: DeepSpeedMoeArgs
-    config: dict[str, Any]
-    """What the engine was told."""
-    state: ZeroState | WholeState
     load: Load
 
     @classmethod
@@ -124,27 +113,11 @@ class Experts:
             {"name": "vectors", "params": vectors, "weight_decay": 0.0},
         ]
         config = compose(plan, args)
-        place = types.SimpleNamespace(device_rank=device.index or 0)
-        engine, *_ = deepspeed.initialize(args=place, model=model, model_parameters=groups, config=config)
-        optimizer = engine.optimizer
-        state = ZeroState(model, optimizer, args.stage) if args.stage else WholeState(model, optimizer)
-        for name, shape in state.shapes.items():
-            state.put(name, initial_values(name, shape, plan.size.layers, args.seed, device))
-        state.compute_with_it()
+        engine, state = start(deepspeed, model, groups, config, plan)
         load = Load(plan.run_directory, plan.world, plan.size.layers, args.experts)
-        return cls(engine, plan, args, config, state, load)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model that the engine has."""
-        module: nn.Module = self.engine.module
-        return module
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW, over this rank's part."""
-        optimizer: torch.optim.Optimizer = self.engine.basic_optimizer
-        return optimizer
+        return cls(
+            engine=engine, plan=plan, config=config, stage=args.stage, state=state, args=args, load=load
+        )
 
     @property
     def mixtures(self) -> list[Mixture]:
@@ -165,7 +138,7 @@ class Experts:
         total = torch.zeros((), device=token_count.device)
         for number, (tokens_BS, targets_BS) in enumerate(microbatches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(microbatches))
-            with self.plan.precision.autocast(token_count.device) if self.args.stage == 0 else nullcontext():
+            with self.autocast():
                 loss = self.engine(tokens_BS, targets_BS)
             balance = torch.stack([mixture.balance for mixture in self.mixtures])
             is_real = number <= own  # padding has been routed, too, and is nobody's load
@@ -177,26 +150,9 @@ class Experts:
         self.load.end_step()
         return total
 
-    def clip_and_update(self, rate: float) -> Tensor:
-        """Clip, step, and under ZeRO gather the parameters that the others have updated."""
-        set_learning_rate(self.optimizer, rate)
-        if self.args.stage == 0:
-            norm = clip_by_true_norm(self.model, self.args.clip_norm)
-            self.engine.step()
-            return norm
-        return step_under_zero(self.engine, self.plan.world.device)
-
-    def kept(self) -> Kept:
-        """Bytes that this rank holds between two steps."""
-        return self.state.kept()
-
-    def checkpoint_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Model and optimizer by name and shape; of the experts, those of this rank."""
-        return self.state.model(), self.state.optimizer()
-
-    def state_was_loaded(self, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
-        """Compute with what a checkpoint held."""
-        self.state.loaded(optimizer)
+    def clip(self) -> Tensor:
+        """Stage 0: experts of all ranks count."""
+        return clip_by_true_norm(self.model, self.args.clip_norm)
 
     def memory(self) -> dict[str, float]:
         """For the numbers of the steps in experts.jsonl."""

@@ -1,19 +1,19 @@
-"""Whether a model fits GPUs when Megatron-Core splits it: parameters, gradients and moments alone. Pure; no torch.
+"""What Megatron-Core needs of a GPU: parameters, gradients and moments, which is arithmetic, and activations. Pure.
 
-Arithmetic, not an estimate: activations come on top, and what they take nobody has measured yet.
+The formulas are those of Megatron-LM's `report_theoretical_memory` (megatron/training/theoretical_memory_usage.py): 18
+bytes of each parameter, or 6 and a part of 12 with the distributed optimizer; activations after Korthikanti et al.,
+arXiv 2205.05198, table 2, which leaves attention's matrix out, as fused attention does. Two things are more exact here:
+a stage's own parameters are counted, and full recomputation, which theirs does not know.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from recipes.ch5.megatron_args import MegatronArgs
-from recipes.lib.arguments import ArgumentError
-from recipes.lib.calibration import GIB
-from recipes.lib.fitting import Misfit
-from recipes.lib.gpus import Gpu
 from recipes.lib.planner import model_size
 from recipes.lib.workload import Workload, stages
 
@@ -46,47 +46,68 @@ def kept_bytes(args: MegatronArgs, ranks: int) -> int:
     )
 
 
-def misfit(args: Mapping[str, Any], nodes: int, ranks_per_node: int, gpu: Gpu) -> Misfit | None:
-    """What is wrong with these arguments on this GPU; None where it may fit."""
-    if args.get("device") == "cpu":
-        return None
-    needed = kept_bytes(MegatronArgs(**args), nodes * ranks_per_node) / GIB
-    if needed <= gpu.memory_gib:
-        return None
-    nearest = next(_that_fit(MegatronArgs(**args), nodes, ranks_per_node, gpu), "")
-    return Misfit(True, needed, needed - gpu.memory_gib, nearest)
+@dataclass(frozen=True)
+class MegatronNeeds:
+    """Bytes on the rank that has most."""
+
+    certain: float
+    """Between two steps."""
+    activations: float
+
+    @property
+    def needed(self) -> float:
+        """Both together: where the gradients of some layers are there, the activations of all may be."""
+        return self.certain + self.activations
 
 
-def _that_fit(args: MegatronArgs, nodes: int, ranks_per_node: int, gpu: Gpu) -> Iterator[str]:
-    """Changes that fit, those first that change least."""
-    for words, changes, more in _changes(args, nodes):
-        try:
-            changed = dataclasses.replace(args, **changes)
-            changed.check_ranks(more * ranks_per_node, ranks_per_node)
-        except ArgumentError:
-            continue  # sizes that do not divide
-        needed = kept_bytes(changed, more * ranks_per_node) / GIB
-        if needed <= gpu.memory_gib:
-            yield f"{words} ({needed:.1f} GiB)"
+def needed(args: MegatronArgs, ranks: int) -> MegatronNeeds:
+    """What the fullest of `ranks` ranks needs, which the sizes divide."""
+    return MegatronNeeds(kept_bytes(args, ranks), activation_bytes(args, ranks))
 
 
-def _changes(args: MegatronArgs, nodes: int) -> Iterator[tuple[str, dict[str, Any], int]]:
-    if not args.distributed_optimizer:
-        yield "args.distributed_optimizer=true", {"distributed_optimizer": True}, nodes
+def activation_bytes(args: MegatronArgs, ranks: int) -> float:
+    """Of the first pipeline stage: it keeps the most microbatches until their backward pass."""
+    size, tensor, stages = (
+        model_size(args.model, args.vocab_size),
+        args.tensor_parallel,
+        args.pipeline_parallel,
+    )
+    share = math.ceil(args.batch_size * tensor * stages * args.context_parallel / ranks)
+    rows = min(args.microbatch_size or share, share)
+    tokens = rows * args.sequence_length / args.context_parallel
+    wide = 4 if args.dtype == "float32" else 2
+    networks = args.experts_per_token if args.experts else 1
+    # The formula's bytes are those of 16-bit numbers.
+    split = (8 * size.width + 4 * networks * size.ffn_width) * wide / 2
+    whole = 10 * size.width * wide / 2  # of norms and sums, which sequence parallelism splits, too
+    layer = tokens * (split / tensor + whole / (tensor if args.sequence_parallel else 1))
+    kept = tokens * size.width * wide / (tensor if args.sequence_parallel else 1)
+    in_flight: float = min(stages, math.ceil(share / rows))
+    if args.stages_per_rank > 1:
+        in_flight = stages * (1 + (stages - 1) / (stages * args.stages_per_rank))
+    layers = size.layers / stages * in_flight
+    of_layers = layers * kept + layer if args.activation_checkpointing == "full" else layers * layer
+    # The output's input and logits in float32, where the first stage is the last.
+    head = 4 * tokens * (size.width + size.vocab_size) / tensor if stages == 1 else 0.0
+    return of_layers + head
+
+
+def changes(args: MegatronArgs) -> Iterator[tuple[dict[str, Any], int]]:
+    """Other arguments and times as many nodes, those first that change least."""
+    lean = {"activation_checkpointing": "full", "microbatch_size": 1}
+    for less in (
+        {"distributed_optimizer": True},
+        {"activation_checkpointing": "full"},
+        lean,
+        {**lean, "distributed_optimizer": True},
+    ):
+        yield less, 1
     for doublings in range(11):
-        more = nodes * 2**doublings
-        start = f"nodes={more} " if doublings else ""
-        for tensor, pipeline in _SPLITS:
-            if (tensor, pipeline, doublings) == (1, 1, 0):
-                continue
-            sizes = {
-                "tensor_parallel": max(tensor, args.tensor_parallel),
-                "pipeline_parallel": max(pipeline, args.pipeline_parallel),
-                "distributed_optimizer": True,
-            }
-            words = [
-                f"args.{name}={sizes[name]}" for name in list(sizes)[:2] if sizes[name] != getattr(args, name)
-            ]
-            if not args.distributed_optimizer:
-                words.append("args.distributed_optimizer=true")
-            yield f"{start}{' '.join(words)}".strip(), sizes, more
+        for more in ({}, lean):
+            for tensor, pipeline in _SPLITS:
+                sizes = {
+                    "tensor_parallel": max(tensor, args.tensor_parallel),
+                    "pipeline_parallel": max(pipeline, args.pipeline_parallel),
+                    "distributed_optimizer": True,
+                }
+                yield {**sizes, **more}, 2**doublings

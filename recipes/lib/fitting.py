@@ -7,13 +7,13 @@ has wasted both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from recipes.lib.calibration import GIB
 from recipes.lib.gpus import Gpu
-from recipes.lib.memory_model import Memory, predict_memory
+from recipes.lib.memory_model import predict_memory
 from recipes.lib.planner import model_size
 from recipes.lib.workload import Workload
 
@@ -22,6 +22,18 @@ TRAINING = {"ch1_baseline": "single", "ch3_ddp": "ddp", "ch4_fsdp": "full_shard"
 
 _NOT_PREDICTED = ("optimizer_folder", "optimizer_sharding")
 """Arguments that keep moments where the memory model does not look."""
+
+
+class Needs(Protocol):
+    """What a GPU must have, in bytes: `recipes.lib.memory_model.Memory`, or what a stack's own arithmetic says."""
+
+    @property
+    def certain(self) -> float:
+        """Parameters, gradients and moments."""
+
+    @property
+    def needed(self) -> float:
+        """All that is known of, at the fullest moment."""
 
 
 @dataclass(frozen=True)
@@ -82,29 +94,28 @@ def misfit(recipe: str, args: Mapping[str, Any], nodes: int, ranks_per_node: int
     work = workload_of(recipe, args, nodes, ranks_per_node)
     if work is None:
         return None
-    memory = predict_memory(work)
-    if memory.needed <= gpu.memory_gib * GIB:
+    return judge(predict_memory(work), gpu, _others(recipe, args, nodes, ranks_per_node))
+
+
+def judge(needs: Needs, gpu: Gpu, others: Iterable[tuple[str, Needs]]) -> Misfit | None:
+    """None where it fits; else by how much it does not, and the first of `others` (words, their needs) that does."""
+    has = gpu.memory_gib * GIB
+    if needs.needed <= has:
         return None
-    certain = memory.certain > gpu.memory_gib * GIB
-    needed = (memory.certain if certain else memory.needed) / GIB
-    return Misfit(
-        certain=certain,
-        needed_gib=needed,
-        missing_gib=needed - gpu.memory_gib,
-        nearest=next(_that_fit(recipe, args, nodes, ranks_per_node, gpu), ""),
-    )
+    certain = needs.certain > has
+    needed = (needs.certain if certain else needs.needed) / GIB
+    nearest = (f"{words} ({other.needed / GIB:.1f} GiB)" for words, other in others if other.needed <= has)
+    return Misfit(certain, needed, needed - gpu.memory_gib, next(nearest, ""))
 
 
-def _that_fit(
-    recipe: str, args: Mapping[str, Any], nodes: int, ranks_per_node: int, gpu: Gpu
-) -> Iterator[str]:
-    """Changes that fit, those first that change least: first the arguments, then the machine, then number formats."""
+def _others(
+    recipe: str, args: Mapping[str, Any], nodes: int, ranks_per_node: int
+) -> Iterator[tuple[str, Needs]]:
+    """Changes and what they need, those first that change least: the arguments, then the machine, then formats."""
     for words, other, changed, more in _changes(recipe, args, nodes, ranks_per_node):
         work = workload_of(other, changed, more, ranks_per_node)
         assert work is not None
-        memory: Memory = predict_memory(work)
-        if memory.needed <= gpu.memory_gib * GIB:
-            yield f"{words} ({memory.needed / GIB:.1f} GiB)"
+        yield words, predict_memory(work)
 
 
 def _changes(

@@ -65,6 +65,10 @@ class FlatSlice(Tensor):
             begin += length
         return self
 
+    def numbers(self) -> Tensor:
+        """They in one line, copied."""
+        return torch.cat([piece.flatten() for _, piece in self._pieces])
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten.new_empty.default:

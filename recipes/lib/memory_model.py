@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from recipes.lib.calibration import CALIBRATION, GIB, Calibration
 from recipes.lib.layer_memory import head_bytes, layer_bytes
 from recipes.lib.workload import Stage, Workload, stages
+from recipes.lib.zero_memory import Zero
 
 PARTS = (
     "parameters",
@@ -80,7 +81,8 @@ def predict_memory(work: Workload, calibration: Calibration = CALIBRATION) -> Me
 
 
 def _moments(work: Workload, stage: Stage, calibration: Calibration) -> list[Moment]:
-    ordered = _Sharded(work, stage) if work.sharded else _Whole(work, stage)
+    kind: type[_Sharded | _Whole | Zero] = _Sharded if work.sharded else Zero if work.zero else _Whole
+    ordered = kind(work, stage)
     layer = layer_bytes(work, calibration)
     kept = stage.layers * layer.kept * stage.in_flight
     rotation = 2 * work.sequence_length * work.size.head_dim * 4

@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from recipes.lib import manifest
@@ -92,6 +93,8 @@ class Saver:
         """Of the state as it was at the save, while the next step computes."""
         self._rehearsal: Future[State] | None = None
         self._blocked = 0.0
+        self._needed: int | None = None
+        """Bytes of a checkpoint, once one was begun: they do not change."""
         self._hook: RemovableHandle | None = None
         if copied:
             self._hook = own_part(trained.optimizer).register_step_pre_hook(self._before_the_update)
@@ -142,8 +145,9 @@ class Saver:
         self.wait()
         step = progress.step
         state = state_of(self._trained, progress, self._world)
-        needed = _bytes_of(state, self._trained)
-        too_full = self._space_problem(needed) if self._world.is_first else None
+        if self._needed is None:
+            self._needed = bytes_of_all(state, self._trained, self._world)
+        too_full = self._space_problem(self._needed) if self._world.is_first else None
         too_full = from_first(too_full, self._world)
         if too_full is not None:
             self._outcome = Saved(step, "skipped", too_full)
@@ -287,17 +291,24 @@ def announce_loaded(run_directory: Path, loaded: Loaded, world: World) -> None:
     lines.close()
 
 
-def _bytes_of(state: dict[str, Any], trained: Trained) -> int:
-    """Bytes that the checkpoint will have, over all ranks: a sharded tensor counts whole, a replicated one once."""
+def bytes_of_all(state: dict[str, Any], trained: Trained, world: World) -> int:
+    """Bytes that the checkpoint will have, on rank 0; all ranks call this together.
+
+    A sharded tensor counts whole and a replicated one once, whichever ranks have it: of a pipeline's stages and of a
+    mixture's experts each rank knows its own alone.
+    """
     if trained.own is not None:
         return trained.own.size() + _SPARE_BYTES
-    tensors = [
-        tensor
-        for part in (state["model"], state["optimizer"])
-        for tensor in part.values()
+    mine = {
+        f"{part}.{name}": tensor.numel() * tensor.element_size()
+        for part in ("model", "optimizer")
+        for name, tensor in state[part].items()
         if isinstance(tensor, torch.Tensor)
-    ]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + _SPARE_BYTES
+    }
+    everyone: list[Any] = [mine] * world.size
+    if world.size > 1:
+        dist.gather_object(mine, everyone if world.is_first else None, group=world.patient)
+    return sum({name: size for each in everyone for name, size in each.items()}.values()) + _SPARE_BYTES
 
 
 def save(run_directory: Path, trained: Trained, progress: Progress, world: World) -> Path:

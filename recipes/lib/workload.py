@@ -10,6 +10,8 @@ from recipes.lib.model_sizes import ModelSize
 
 STRATEGIES = ("single", "ddp", "full_shard", "shard_grad_op", "hybrid_shard")
 SHARDED = ("full_shard", "shard_grad_op", "hybrid_shard")
+ZERO = ("zero0", "zero1", "zero2", "zero3")
+"""DeepSpeed's stages: the memory model knows them, the planner, which also says how fast, does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,12 @@ class Workload:
     long batches were computed twice."""
     bucket_view: bool = True
     """ddp: gradients live in the buckets."""
+    optimizer_offloaded: bool = False
+    """ZeRO: moments and what they update are not on the GPU."""
+    parameters_offloaded: bool = False
+    """ZeRO 3: nor are the parts from which layers are gathered."""
+    bucket: int = 50_000_000
+    """ZeRO: numbers of one message."""
 
     @property
     def gpus(self) -> int:
@@ -65,9 +73,14 @@ class Workload:
         return self.strategy in SHARDED
 
     @property
+    def zero(self) -> int:
+        """ZeRO's stage; 0 without ZeRO."""
+        return int(self.strategy[-1]) if self.strategy in ZERO else 0
+
+    @property
     def residual_bytes(self) -> int:
         """Of one number of the residual stream: under autocast the embedding's output stays in float32."""
-        return self.compute_bytes if self.sharded else self.master_bytes
+        return self.compute_bytes if self.sharded or self.zero else self.master_bytes
 
     @property
     def name(self) -> str:

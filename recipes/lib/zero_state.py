@@ -3,14 +3,17 @@
 ZeRO copies the parameters into flat buffers in float32 and gives each rank a part of them; the optimizer sees these
 buffers alone. Here each parameter's part is found in them: a view, so a save copies nothing and a load fills it in
 place. In stages 1 and 2 a group of parameters is one buffer, cut into as many parts as there are ranks; in stage 3
-every parameter is cut, and the parts of many make a buffer.
+every parameter is cut, and the parts of many make a buffer. A buffer that is offloaded to a disk is empty between
+steps: it is brought to host memory to be filled, and copied from there for a save.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +29,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Part:
     """This rank's numbers of one parameter."""
 
+    group: int
+    """Number of the buffer among ZeRO's."""
     start: int
     """Position of the first in the parameter."""
     buffer: Tensor
@@ -49,31 +54,45 @@ class ZeroState:
         self._parts = dict(self._sliced(model) if stage == 3 else self._grouped(model))
 
     def model(self) -> dict[str, FlatSlice]:
-        """The parameters in float32."""
-        return {name: self._slice(name, lambda part: part.buffer) for name in self.shapes}
+        """The parameters in float32: views, or of what is on a disk copies, which `take` brings back."""
+        return self._slices()
 
     def optimizer(self) -> dict[str, Any]:
         """The optimizer's state and options as torch's AdamW would name them, under each parameter's name."""
+        moments = {key: self._slices(key) for key in MOMENTS}
+        step = torch.tensor(float(next(self._moments(part.buffer)["step"] for part in self._parts.values())))
         found: dict[str, Any] = {}
-        step = torch.tensor(float(self._steps()))
         for name, shape in self.shapes.items():
             found[f"state.{name}.step"] = step
-            for moment in MOMENTS:
-                found[f"state.{name}.{moment}"] = self._slice(
-                    name, lambda part, moment=moment: self._moments(part.buffer)[moment]
-                )
-            for option, value in self._options(shape).items():
-                found[f"param_groups.{name}.{option}"] = value
+            found |= {f"state.{name}.{key}": slices[name] for key, slices in moments.items()}
+            found |= {f"param_groups.{name}.{key}": value for key, value in self._options(shape).items()}
         return found
 
-    def loaded(self, optimizer: dict[str, Any]) -> None:
-        """After `model` and `optimizer` were filled: the rest follows. All ranks call this together."""
+    def loaded(self, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
+        """After what `model` and `optimizer` gave was filled: the rest follows. All ranks call this together."""
         step = float(next(value for key, value in optimizer.items() if key.endswith(".step")))
         for part in self._parts.values():
             state = self._moments(part.buffer)
             state["step"] = (
                 torch.full_like(state["step"], step) if isinstance(state["step"], Tensor) else int(step)
             )
+        self.take(model, optimizer)
+
+    def take(self, model: Mapping[str, Any], optimizer: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Bring to the disk what was filled of copies, and to the parameters that compute what is in float32."""
+        for present in self._groups(self._on_disk):
+            for name, part in present.items():
+                part.of(part.buffer).copy_(model[name].numbers())
+                for key in MOMENTS if optimizer else ():
+                    part.of(self._moments(part.buffer)[key]).copy_(optimizer[f"state.{name}.{key}"].numbers())
+        self.compute_with_it()
+
+    def fill(self, value: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+        """Give every parameter, whole, its initial values, and compute with them. All ranks call this together."""
+        for present in self._groups():
+            for name, part in present.items():
+                whole = value(name, self.shapes[name]).flatten()
+                part.of(part.buffer).copy_(whole[part.start : part.start + part.count])
         self.compute_with_it()
 
     def kept(self) -> Kept:
@@ -86,18 +105,14 @@ class ZeroState:
         size = next(iter(self._parts.values())).buffer.element_size()
         return Kept(computing + own * size, (whole if self._stage == 1 else own) * size, 2 * own * size)
 
-    def put(self, name: str, whole: Tensor) -> None:
-        """Keep this rank's part of a parameter's new values."""
-        if (part := self._parts.get(name)) is not None:
-            part.of(part.buffer).copy_(whole.flatten()[part.start : part.start + part.count])
-
     def compute_with_it(self) -> None:
         """Bring what is in float32 to the parameters that compute. All ranks call this together."""
         if self._stage < 3:
             self._zero.update_lp_params()
             return
         for number in range(len(self._zero.fp32_partitioned_groups_flat)):
-            self._zero._reassign_or_swap_out_partitioned_parameters(number)
+            with self._present(number):
+                self._zero._reassign_or_swap_out_partitioned_parameters(number)
         if whole := self._zero.persistent_parameters:
             whole[0].partition(whole)
             whole[0].all_gather(whole)
@@ -107,7 +122,8 @@ class ZeroState:
             if (mapping := parameter._hp_mapping) is not None:
                 (buffer,) = self._zero.optimizer.param_groups[mapping.param_group_index]["params"]
                 here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                yield name, _Part(there.start, buffer, here.start, here.numel)
+                group = mapping.param_group_index
+                yield name, _Part(group, there.start, buffer, here.start, here.numel)
 
     def _sliced(self, model: nn.Module) -> Iterator[tuple[str, _Part]]:
         for name, parameter in model.named_parameters():
@@ -115,13 +131,36 @@ class ZeroState:
             start = room * torch.distributed.get_rank(parameter.ds_process_group)
             count = min(room, parameter.ds_numel - start)  # the last ranks' slices are filled up with zeros
             if count > 0:
-                yield name, _Part(start, self._zero.fp32_partitioned_groups_flat[number], begin, count)
+                buffer = self._zero.fp32_partitioned_groups_flat[number]
+                yield name, _Part(number, start, buffer, begin, count)
 
-    def _slice(self, name: str, flat_of: Any) -> FlatSlice:
-        part = self._parts.get(name)
-        if part is None:
-            return FlatSlice(self.shapes[name], 0, torch.empty(0))
-        return FlatSlice(self.shapes[name], part.start, part.of(flat_of(part)))
+    def _on_disk(self, group: int) -> bool:
+        return self._stage == 3 and bool(self._zero._swappable_optimizer_subgroup(group))
+
+    @contextmanager
+    def _present(self, group: int) -> Iterator[None]:
+        """While a buffer and its moments are in memory; what has become of them goes back to the disk."""
+        if self._on_disk(group):
+            self._zero._optimizer_states_and_gradient_swap_in(group)
+        yield
+        if self._on_disk(group):
+            self._zero._optimizer_states_and_gradient_swap_out(group)
+
+    def _groups(self, wanted: Callable[[int], bool] = lambda group: True) -> Iterator[dict[str, _Part]]:
+        """The parts of one buffer after the other, by parameter, each while it is in memory."""
+        for group in sorted({part.group for part in self._parts.values() if wanted(part.group)}):
+            with self._present(group):
+                yield {name: part for name, part in self._parts.items() if part.group == group}
+
+    def _slices(self, moment: str = "") -> dict[str, FlatSlice]:
+        """What this rank has of every parameter, or of a moment of it."""
+        found = {name: FlatSlice(shape, 0, torch.empty(0)) for name, shape in self.shapes.items()}
+        for present in self._groups():
+            for name, part in present.items():
+                own = part.of(self._moments(part.buffer)[moment] if moment else part.buffer)
+                own = own.clone() if self._on_disk(part.group) else own
+                found[name] = FlatSlice(self.shapes[name], part.start, own)
+        return found
 
     def _moments(self, buffer: Tensor) -> dict[str, Any]:
         """The optimizer's state of a buffer; made where there was no step yet, as torch's AdamW makes it."""
@@ -132,9 +171,6 @@ class ZeroState:
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(buffer)
         return state
-
-    def _steps(self) -> float:
-        return float(next(iter(self._moments(part.buffer)["step"] for part in self._parts.values())))
 
     def _options(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Of torch's AdamW, whoever's is in use: every technique finds in a checkpoint what it asks for."""

@@ -62,7 +62,8 @@ WAYS = {
     "megatron-tensor": Way("ch5_megatron", ("args.microbatch_size=6", "args.tensor_parallel=2")),
     "megatron-stages": Way(
         "ch5_megatron",
-        ("args.microbatch_size=2", "args.pipeline_parallel=2", "args.stages_per_rank=2"),
+        # One sequence at a time: virtual stages take microbatches in pairs, and of two copies each has six.
+        ("args.microbatch_size=1", "args.pipeline_parallel=2", "args.stages_per_rank=2"),
     ),
     "megatron-copies": Way("ch5_megatron", ("args.microbatch_size=6",)),
 }

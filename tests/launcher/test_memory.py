@@ -106,13 +106,83 @@ def test_what_megatron_splits_is_counted_as_it_splits_it() -> None:
         said(*words, "args.distributed_optimizer=false")
     # 8,030,261,248 parameters of 18 bytes: 134.6 GiB.
     assert "take 134.6 GiB per GPU, 55.5 GiB more than the 79.1 of a H100 80GB" in str(caught.value)
-    assert "nearest that fits: args.distributed_optimizer=true (56.1 GiB)" in str(caught.value)
+    # With 6 bytes of each, an eighth of 12, and 1.1 GiB of a sequence's activations and logits.
+    assert "nearest that fits: args.distributed_optimizer=true (57.2 GiB)" in str(caught.value)
     # Of 8 experts a rank has 4, a quarter of each: 5.64 billion parameters of 18 bytes, 94.5 GiB; on twice as many
-    # ranks two have the same and share 12 of the 18 bytes: 63.0 GiB, and 5.0 for everything else.
+    # ranks two have the same and share 12 of the 18 bytes: 63.0 GiB, 5.0 for everything else, and activations.
     mixture = (*words, "args.experts=8", "args.tensor_parallel=4", "args.expert_parallel=2")
-    with pytest.raises(UserError, match=r"nearest that fits: nodes=2 \(68.0 GiB\)"):
+    with pytest.raises(UserError, match=r"nearest that fits: nodes=2 \(68.4 GiB\)"):
         said(*mixture)
     assert said(*mixture, "nodes=2") is None
+
+
+ON_H100S = ("nodes=1", "checks.sku=H100 80GB", "args.batch_size=8")
+ZERO_OF_70B = {0: 16.0, 1: 2 + 4 + 12 / 8, 2: 2 + 16 / 8, 3: 18 / 8}
+"""Bytes of a parameter on each of 8 ranks: it computes in bfloat16, is updated and has gradients in float32."""
+
+
+@pytest.mark.parametrize("stage", ZERO_OF_70B)
+def test_what_zero_shares_is_counted_by_its_stage(stage: int) -> None:
+    words = ("recipe=ch5_deepspeed", *ON_H100S, f"args.stage={stage}")
+    needed = ZERO_OF_70B[stage] * 70_553_706_496 / 2**30
+    with pytest.raises(UserError, match=f"take {needed:.1f} GiB per GPU, {needed - 79.1:.1f} GiB more"):
+        said(*words, "args.model=llama_70b")
+    if stage:
+        assert said(*words, "args.model=llama_8b") is None
+    else:
+        with pytest.raises(UserError, match=r"nearest that fits: args.stage=1 \("):
+            said(*words, "args.model=llama_8b")
+
+
+def test_a_stage_that_cannot_fit_is_sent_to_offload_with_what_the_hosts_must_hold() -> None:
+    words = ("recipe=ch5_deepspeed", *ON_H100S, "args.model=llama_70b")
+    with pytest.raises(UserError) as caught:
+        said(*words, "args.stage=3")
+    line = str(caught.value)
+    # 70,553,706,496 parameters of 18 bytes over 8 GPUs; offloaded 16 of them are the host's, and 2 an eighth each.
+    assert "take 147.8 GiB per GPU, 68.7 GiB more than the 79.1 of a H100 80GB" in line
+    assert "nearest that fits: args.offload_optimizer=cpu " in line
+    assert "and 1,051 GiB of each node's own memory (24." in line
+    assert said(*words, "args.stage=3", "args.offload_optimizer=cpu", "args.microbatch_size=1") is None
+
+
+def test_what_a_stage_of_zero_only_probably_exceeds_is_a_warning() -> None:
+    words = ("recipe=ch5_deepspeed", "nodes=1", "checks.sku=H100 80GB", "args.model=llama_8b")
+    line = said(*words, "args.batch_size=64", "args.sequence_length=8192")
+    assert line is not None
+    assert "will probably not fit" in line
+    changes = line.partition("nearest that fits: ")[2].partition(" (")[0].split()
+    assert said(*words, "args.batch_size=64", "args.sequence_length=8192", *changes) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "line"),
+    [
+        # Half of 70 billion parameters, 16 bytes each.
+        (
+            "ch5_deepspeed_pipeline",
+            ("args.model=llama_70b",),
+            r"nearest that fits: nodes=4 args.pipeline_parallel=32 ",
+        ),
+        # 8 experts of each layer, one on each rank.
+        ("ch5_deepspeed_moe", ("args.model=llama_8b", "args.experts=8"), r"nearest that fits: nodes=2 \("),
+    ],
+)
+def test_pipelines_and_mixtures_are_counted_too(recipe: str, words: tuple[str, ...], line: str) -> None:
+    with pytest.raises(UserError, match=f"{recipe} .* cannot fit: .*{line}"):
+        said(f"recipe={recipe}", *ON_H100S, *words)
+    assert said(f"recipe={recipe}", *ON_H100S, "args.model=llama_1b") is None
+
+
+def test_what_megatron_keeps_for_the_backward_pass_is_a_warning() -> None:
+    words = ("recipe=ch5_megatron", "nodes=1", "checks.sku=H100 80GB", "args.model=llama_8b")
+    words += ("args.batch_size=64", "args.sequence_length=8192", "args.microbatch_size=2")
+    line = said(*words)
+    assert line is not None
+    assert "will probably not fit" in line
+    # A layer keeps 8192 x 2 x (18 x 4096 + 4 x 14336) bytes.
+    assert "nearest that fits: args.activation_checkpointing=full (" in line
+    assert said(*words, "args.activation_checkpointing=full") is None
 
 
 @pytest.mark.parametrize("name", ["aws-p5", "aws-p5en", "azure-ndv5", "dgx-h100", "gcp-a3mega", "oci-h100"])

@@ -134,6 +134,8 @@ class Outcome:
     """Per rank, numbers drawn after saving or loading."""
     moments: list[int]
     """Per rank, elements of the optimizer's state that it holds."""
+    announced: int = 0
+    """Bytes that a checkpoint was said to take before it was written; 0 where none was."""
 
 
 class RaggedDataset(Dataset):
@@ -240,6 +242,7 @@ def _run(case: Case, folder: Path, world: World) -> Outcome:
     facts = {"batch_size": plan.args.batch_size}
     trained = Trained(technique.model, technique.optimizer, facts, keeper=keeper, own=own)
     progress, drawn, results = Progress(), [], []
+    announced = 0
     if case.load:
         torch.manual_seed(99)
         (saved,) = manifest.folders(folder / case.load)
@@ -253,7 +256,9 @@ def _run(case: Case, folder: Path, world: World) -> Outcome:
         results.append((loss.item(), grad_norm.item()))
         if case.save and step == (SAVED_AGAIN_AT if case.load else SAVED_AT):
             memory = technique.memory() if isinstance(technique, Remembering) else {}
-            saving.save(plan.run_directory, trained, Progress(step=step, technique=memory), world)
+            reached = Progress(step=step, technique=memory)
+            announced = saving.bytes_of_all(checkpoint.state_of(trained, reached, world), trained, world)
+            saving.save(plan.run_directory, trained, reached, world)
             drawn = torch.rand(3).tolist()
     everyone = [(drawn, _elements(technique.optimizer))] * world.size
     if world.size > 1:
@@ -265,6 +270,7 @@ def _run(case: Case, folder: Path, world: World) -> Outcome:
         weights_after=weights(technique.model),
         random=[numbers for numbers, _ in everyone],
         moments=[elements for _, elements in everyone],
+        announced=announced,
     )
 
 

@@ -20,6 +20,7 @@ from recipes.ch5.deepspeed_args import DeepSpeedArgs
 from recipes.ch5.deepspeed_config import BETAS, deepspeed_config
 from recipes.lib import optimizer
 from recipes.lib.arguments import ArgumentError
+from recipes.lib.deepspeed_stack import missing_for_disks
 from recipes.lib.distributed import alone
 from tests.recipes.parity import (
     DEVICE,
@@ -251,6 +252,14 @@ def test_goes_on_in_another_world_size_stage_and_technique(case: Case, outcomes:
     assert resumed.grad_norms == pytest.approx(straight.grad_norms[-steps:], rel=5e-5)
 
 
+def test_a_checkpoint_s_size_is_that_of_all_ranks_together(outcomes: dict[str, Outcome]) -> None:
+    """Also where a rank has one stage of a pipeline, and knows nothing of the others."""
+    announced = {case.name: outcomes[case.name].announced for case in LEAVING}
+    assert len(set(announced.values())) == 1, announced
+    whole = outcomes["zero0-uneven-x2"].moments[0] // 2  # two moments of every parameter
+    assert announced["p2"] - 16 * 2**20 == pytest.approx(12 * whole, rel=0.01)
+
+
 def test_the_recipe_saves_goes_on_and_shows_its_configuration(tmp_path: Path) -> None:
     """Two ranks under a bare torchrun; then one process alone, in another stage."""
     words = ["recipes.ch5.deepspeed", "warmup_steps=0", "min_lr_ratio=1"]
@@ -264,6 +273,55 @@ def test_the_recipe_saves_goes_on_and_shows_its_configuration(tmp_path: Path) ->
     second = start([*words, "stage=1", "steps=3"], tmp_path, RUN_DIR=str(run), ATTEMPT="2")
     assert second.returncode == 0, second.stderr
     assert [(line["attempt"], line["step"]) for line in metrics_of(run)] == [(1, 1), (1, 2), (2, 3)]
+
+
+def where_is_libaio() -> str | None:
+    """Why a disk cannot be offloaded to here; None where it can. DeepSpeed's operator is compiled against it."""
+    if "THOROUGH" not in os.environ:
+        return "compiles DeepSpeed's async_io and AdamW, which takes minutes; THOROUGH=1 runs it, and wants libaio-dev"
+    return missing_for_disks()
+
+
+def test_with_state_on_a_disk_it_trains_as_without_and_goes_on(tmp_path: Path) -> None:
+    """The recipe's own smallest model: of the other cases here nothing is large enough to be moved."""
+    if reason := where_is_libaio():
+        pytest.skip(reason)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    two = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "recipes.ch5.deepspeed"]
+    words = [*two, "stage=3", "warmup_steps=0", "min_lr_ratio=1", "lr=1e-3"]
+    moved = ["offload_optimizer=nvme", f"nvme_folder={disk}", "adam=deepspeed", "async_save=false"]
+
+    def run(name: str, attempt: int, *more: str) -> None:
+        done = start([*words, *more], tmp_path, 1800, RUN_DIR=str(tmp_path / name), ATTEMPT=str(attempt))
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    run("memory", 1, "steps=5")
+    run("disk", 1, *moved, "steps=2")
+    for rank in (0, 1):
+        names = {file.name.partition("-")[0] for file in disk.glob(f"*/optimizer/rank{rank}/*.swp")}
+        assert {"exp_avg", "exp_avg_sq"} <= names
+    run("disk", 2, *moved, "offload_parameters=nvme", "steps=4")
+    run("disk", 3, "steps=5")  # and a checkpoint of it loads where nothing is offloaded
+    ours, theirs = metrics_of(tmp_path / "disk"), metrics_of(tmp_path / "memory")
+    assert [line["attempt"] for line in ours] == [1, 1, 2, 2, 3]
+    for key, tolerance in (("loss", 1e-6), ("grad_norm", 5e-5)):
+        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], rel=tolerance)
+
+
+def test_without_libaio_it_is_one_line(tmp_path: Path) -> None:
+    """In a compiler's eyes: its search for the library finds nothing."""
+    words = ["recipes.ch5.deepspeed", "stage=3", "offload_optimizer=nvme", f"nvme_folder={tmp_path}"]
+    words += ["adam=deepspeed", "async_save=false", "steps=1"]
+    compiler = tmp_path / "bin" / "gcc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    done = start(words, tmp_path, CC=str(compiler), PATH=f"{compiler.parent}:{os.environ['PATH']}")
+    assert done.returncode == 2, done.stderr[-3000:]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert "offload_optimizer=nvme: wants libaio with its headers (Debian's libaio-dev)" in errors[0]
 
 
 def test_without_deepspeed_it_is_one_line(tmp_path: Path) -> None:
@@ -285,9 +343,9 @@ REFUSED = {
     "dtype": {"dtype": "float64"},
     "offload_optimizer": {"stage": 0, "offload_optimizer": "cpu"},
     "offload_parameters": {"stage": 2, "offload_parameters": "cpu", "offload_optimizer": "cpu"},
-    "nvme_folder": {"stage": 3, "offload_optimizer": "nvme", "adam": "deepspeed", "save_every": -1},
-    "adam": {"stage": 3, "offload_optimizer": "nvme", "nvme_folder": "/nvme", "save_every": -1},
-    "save_every": {"stage": 3, "offload_optimizer": "nvme", "nvme_folder": "/nvme", "adam": "deepspeed"},
+    "nvme_folder": {"stage": 3, "offload_optimizer": "nvme", "adam": "deepspeed", "async_save": False},
+    "adam": {"stage": 3, "offload_optimizer": "nvme", "nvme_folder": "/nvme", "async_save": False},
+    "async_save": {"stage": 3, "offload_optimizer": "nvme", "nvme_folder": "/nvme", "adam": "deepspeed"},
     "compile": {"stage": 3, "compile": True},
     "activation_checkpointing": {"stage": 3, "activation_checkpointing": "selective"},
     "persistence_threshold": {"persistence_threshold": 5},

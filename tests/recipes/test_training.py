@@ -262,7 +262,9 @@ def test_a_recipe_for_one_device_refuses_more(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
-def start(words: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def start(
+    words: list[str], folder: Path, seconds: float = 120, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """A recipe's process as a person starts it, in `folder`, with a few texts to train on."""
     texts = folder / "texts"
     if not texts.exists():
@@ -282,7 +284,7 @@ def start(words: list[str], folder: Path, **variables: str) -> subprocess.Comple
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
         check=False,
     )
 

@@ -1,11 +1,12 @@
-"""Without ZeRO: what a rank has of a mixture and its optimizer, as checkpoints name it.
+"""Without ZeRO: what a rank has of model and optimizer in DeepSpeed's engine, as checkpoints name it.
 
-torch's own way goes by the module tree, in which each expert is twice: under its own number, and under the number that
-DeepSpeed gives it on its rank. Here are the former alone, as `ZeroState` has them for the other stages.
+torch's own way goes by the module tree, in which each expert of a mixture is twice: under its own number, and under the
+number that DeepSpeed gives it on its rank. Here are the former alone, as `ZeroState` has them for the other stages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,15 +45,16 @@ class WholeState:
                 found |= {f"param_groups.{name}.{option}": group[option] for option in options}
         return found
 
-    def loaded(self, optimizer: dict[str, Any]) -> None:
+    def loaded(self, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
         """Nothing is left to do: all was filled in place, and options follow from the arguments."""
 
-    def put(self, name: str, whole: Tensor) -> None:
-        """Give a parameter its values."""
-        self._named[name].detach().copy_(whole)
+    def take(self, model: Mapping[str, Any]) -> None:
+        """Nothing is left to do, either."""
 
-    def compute_with_it(self) -> None:
-        """Nothing is left to do: they are what computes."""
+    def fill(self, value: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+        """Give every parameter its initial values."""
+        for name, shape in self.shapes.items():
+            self._named[name].detach().copy_(value(name, shape))
 
     def kept(self) -> Kept:
         """Bytes on this rank between two steps."""
