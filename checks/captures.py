@@ -1,4 +1,4 @@
-"""Other people's captures as bundles: a sysfs tree, `lspci -vvv`, a kernel log, an nvidia-smi session. File system.
+"""Other people's captures as bundles: a sysfs tree, `lspci -vvv`, a kernel log, nvidia-smi, ibstat. File system.
 
 The collectors then run on them as they run on a bundle. What a capture does not hold stays unrecorded.
 """
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from checks import nvidia_smi
+from checks import ibstat, nvidia_smi
 from checks.bundle import Bundle, BundleError, make
 from checks.collect import collect_node
 from checks.collect_network import collect_rdma
@@ -19,6 +19,7 @@ from checks.expectations import Expectations
 from checks.kernel_log import KEPT_LINES as KERNEL_LINES
 from checks.lspci import DEVICE
 from checks.lspci import KEPT_LINES as LSPCI_LINES
+from checks.lspci_links import link_records
 from checks.reading import Problem, Reading, Unread
 
 KERNEL_LINE = re.compile(
@@ -45,7 +46,8 @@ TERMINAL = re.compile(r"\x1b\[[\d;]*m")
 def imported(paths: Sequence[Path], *, part: str = "") -> Bundle:
     """One bundle of all captures, each of a kind that is seen from its content. Raises BundleError."""
     records: dict[str, Record] = {}
-    for path in paths:
+    # Folders last: where a tool's text and the file that it read are both there, the file counts.
+    for path in sorted(paths, key=Path.is_dir):
         records |= _of(path, part)
     return make(paths[0].name, Expectations(), records)
 
@@ -67,12 +69,14 @@ def _of(path: Path, part: str) -> dict[str, Record]:
             raise BundleError(f"{path}: {error}") from None
     rows = [row for row in text.splitlines() if row.strip()][:400]
     if rows and DEVICE.match(rows[0]):
-        return {"run lspci -vvv": closed(matching_lines(text, LSPCI_LINES))}
+        return {"run lspci -vvv": closed(matching_lines(text, LSPCI_LINES)), **link_records(text)}
+    if ibstat.looks_like(text):
+        return ibstat.records(text)
     if _is_kernel_log(text):
         return {"run dmesg": closed(matching_lines(text, KERNEL_LINES))}
     raise BundleError(
         f"{path}: not a capture that is known: a bundle, a folder of sysfs, or the output of "
-        "lspci -vvv, dmesg, nvidia-smi -q or nvidia-smi nvlink -s"
+        "lspci -vvv, dmesg, nvidia-smi -q, nvidia-smi nvlink -s, ibstat or ibstatus"
     )
 
 

@@ -143,6 +143,17 @@ class PciDevice:
 
 
 @dataclass(frozen=True)
+class AerCounters:
+    """How many errors a device's PCIe link had since boot, as the kernel counts them for AER."""
+
+    address: str
+    corrected: tuple[Number, Number]
+    """At the start and at the end of the collection."""
+    non_fatal: Number
+    fatal: Number
+
+
+@dataclass(frozen=True)
 class Acs:
     """Bridges whose ACSCtl has SrcValid+, as `lspci -vvv` tells root."""
 
@@ -298,6 +309,7 @@ class Node:
     gpus: Gpus
     pci: tuple[PciDevice, ...] | Unread
     acs: Acs | Unread
+    aer: tuple[AerCounters, ...]
     rdma: Rdma
     interfaces: tuple[Interface, ...] | Unread
     file_systems: tuple[FileSystem, ...]

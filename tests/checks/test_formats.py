@@ -13,7 +13,7 @@ from checks.collect_gpu import kernel_address
 from checks.evidence import Recorded
 from checks.expectations import Expectations
 from checks.facts import Acs, Gpus
-from checks.kernel_log import fatal_sxids, limited_links, xids
+from checks.kernel_log import limited_links, xids
 from checks.lspci import parse_lspci
 from checks.reading import Problem, Unread
 from tests.checks.nodes import LSPCI
@@ -60,13 +60,6 @@ def test_older_drivers_print_no_domain_and_no_name() -> None:
 def test_repeated_errors_are_counted_and_different_gpus_kept_apart() -> None:
     log = "".join(f"NVRM: Xid (PCI:0000:{bus}:00): 94, pid=1, x\n" for bus in ("9b", "9b", "3b"))
     assert [(one.address, one.count) for one in xids(log)] == [("0000:9b:00", 2), ("0000:3b:00", 1)]
-
-
-def test_only_fatal_errors_of_switches_count() -> None:
-    # linux_nvswitch.c: "Non-fatal" is what most of them are.
-    log = "nvidia-nvswitch0: SXid (PCI:0000:85:00.0): 22013, Non-fatal, Link 02\n"
-    assert fatal_sxids(log) == []
-    assert fatal_sxids(log.replace("Non-fatal", "Fatal")) == ["0000:85:00.0: SXid 22013"]
 
 
 def test_a_link_at_full_speed_is_not_limited() -> None:

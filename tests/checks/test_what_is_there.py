@@ -153,6 +153,30 @@ def test_roce_ports_of_an_infiniband_node_are_not_judged_where_nobody_said() -> 
     assert judged(storage, Expectations(gpus=2, fabric="roce"))["roce.gid"].verdict is Verdict.FAIL
 
 
+def test_a_virtual_function_has_no_link_of_its_own() -> None:
+    """SR-IOV 1.1, 3.5: the link status of a virtual function is reserved, so sysfs says `0` and `Unknown`."""
+    folder = f"/sys/bus/pci/devices/{ADAPTERS[0]}"
+    none = {f"read {folder}/current_link_width": value("0\n")}
+    both = {**none, f"read {folder}/current_link_speed": value("Unknown\n")}
+    assert judged(both, Expectations(gpus=2))["pcie.path"].verdict is Verdict.PASS
+    assert judged(none, Expectations(gpus=2))["pcie.path"].verdict is Verdict.FAIL
+
+
+def test_a_link_that_its_slot_or_nobody_explains_is_a_warning() -> None:
+    folder = "/sys/bus/pci/devices"
+    narrow = {f"read {folder}/0000:17:00.0/max_link_width": value("8\n")}
+    narrow[f"read {folder}/{GPUS[0]}/current_link_width"] = value("8\n")
+    result = judged(narrow, Expectations(gpus=2))["pcie.path"]
+    assert (result.verdict, result.read) == (
+        Verdict.WARN,
+        "0000:19:00.0: width 8 of 16, its slot has no more",
+    )
+    alone = {f"link {folder}/{GPUS[0]}": value(f"/sys/devices/pci0000:00/{GPUS[0]}")}
+    alone[f"read {folder}/{GPUS[0]}/current_link_width"] = value("8\n")
+    result = judged(alone, Expectations(gpus=2))["pcie.path"]
+    assert (result.verdict, "what is above it is not known" in result.read) == (Verdict.WARN, True)
+
+
 def test_one_lane_is_too_few_on_infiniband_alone() -> None:
     single = {
         f"read /sys/class/infiniband/mlx5_{one}/ports/1/rate": value("25 Gb/sec (1X EDR)\n") for one in (0, 1)
