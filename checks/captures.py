@@ -23,14 +23,14 @@ from checks.lspci_links import link_records
 from checks.reading import Problem, Reading, Unread
 
 KERNEL_LINE = re.compile(
-    # dmesg, dmesg -d, dmesg -T, dmesg -e (util-linux, sys-utils/dmesg.c, print_record). A log of fabric manager has
-    # [Feb 25 2025 13:59:45] there, and nothing of the kernel in it.
+    # dmesg, dmesg -d, dmesg -T (day and month in the user's language), dmesg -e (util-linux, sys-utils/dmesg.c,
+    # print_record). A log of fabric manager has [Feb 25 2025 13:59:45] there, and nothing of the kernel in it.
     r"^(?:<\d+>)?\[(?: *[<+]? *\d+\.\d+(?: <[ \d.]+)?>?"
-    r"|[A-Z][a-z]{2} [A-Z][a-z]{2} +\d+ [\d:]+ \d{4}|[A-Z][a-z]{2} *\d+ [\d:]+)\]"
+    r"|\S+ +\S+ +\d+ [\d:]{8} \d{4}|[A-Z][a-z]{2} *\d+ [\d:]+)\]"
     r"|^\d{4}-\d\d-\d\dT[\d:]+,\d+[+-][\d:]+ "  # dmesg --time-format=iso
     r"|^[a-z]+ *:[a-z]+ *: "  # dmesg --decode
     r"|^\d+,\d+,\d+,\S*;"  # /dev/kmsg (Documentation/ABI/testing/dev-kmsg)
-    r"|\bkernel: |^\s*NVRM: "  # syslog, journalctl
+    r"|\bkernel(?:\[\d+\])?: |^\s*NVRM: "  # syslog, journalctl
 )
 
 
@@ -38,6 +38,9 @@ SYSLOG_LINE = re.compile(
     r"^(?:[A-Z][a-z]{2} [ \d]\d [\d:]{8}|\d{4}-\d\d-\d\dT\S+) \S+ [\w()@./-]+(?:\[\d+\])?: "
 )
 """/var/log/messages and journalctl (RFC 3164, journalctl -o short-iso), where the kernel's lines are some of many."""
+
+PROMPT = re.compile(r"^(?:\S+@\S+\s*)?[$#](?:\s|$)|^\S+@\S+[$#](?:\s|$)")
+"""`root@node:~# dmesg -T`, copied with its output."""
 
 TERMINAL = re.compile(r"\x1b\[[\d;]*m")
 """Colours, as `dmesg --color=always` prints them between `NVRM:` and what follows."""
@@ -68,7 +71,7 @@ def _of(path: Path, part: str) -> dict[str, Record]:
         except ValueError as error:
             raise BundleError(f"{path}: {error}") from None
     rows = [row for row in text.splitlines() if row.strip()][:400]
-    if rows and DEVICE.match(rows[0]):
+    if any(DEVICE.match(row) for row in rows):
         return {"run lspci -vvv": closed(matching_lines(text, LSPCI_LINES)), **link_records(text)}
     if ibstat.looks_like(text):
         return ibstat.records(text)
@@ -82,7 +85,7 @@ def _of(path: Path, part: str) -> dict[str, Record]:
 
 def _is_kernel_log(text: str) -> bool:
     """Half of its first lines are of a log, and somewhere the kernel has written."""
-    rows = [row for row in text.splitlines() if row.strip()]
+    rows = [row for row in text.splitlines() if row.strip() and not PROMPT.match(row)]
     first = rows[:400]
     known = sum(bool(KERNEL_LINE.search(row) or SYSLOG_LINE.match(row)) for row in first)
     return bool(first) and known * 2 >= len(first) and any(KERNEL_LINE.search(row) for row in rows)
@@ -97,8 +100,11 @@ def _of_folder(path: Path) -> dict[str, Record]:
         if (path / "class" / "infiniband").is_dir():
             (root / "sys").symlink_to(path.resolve())
         elif any(path.glob("*/ports/*/state")):
-            (root / "sys" / "class").mkdir(parents=True)
-            (root / "sys" / "class" / "infiniband").symlink_to(path.resolve())
+            devices = root / "sys" / "class" / "infiniband"
+            devices.mkdir(parents=True)
+            # Who copied the folder may have left notes in it, and an archiver files of its own.
+            for device in (one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")):
+                (devices / device.name).symlink_to(device.resolve())
         else:
             raise BundleError(f"{path}: no sys/, no class/infiniband/ and no */ports/*/state in this folder")
         return _collected(root)

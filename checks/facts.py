@@ -210,7 +210,14 @@ class RdmaPort:
 
     @property
     def gigabits(self) -> float | Unread:
-        return parsed(self.rate, lambda text: float(text.split()[0]), f"{self.device} rate")
+        return parsed(self.rate, _gigabits, f"{self.device} rate")
+
+
+def _gigabits(text: str) -> float:
+    number = float(text.split()[0])
+    if not 0 < number < float("inf"):
+        raise ValueError("no rate")
+    return number
 
 
 @dataclass(frozen=True)

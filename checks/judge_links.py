@@ -17,7 +17,7 @@ from checks.verdict import CheckResult
 NVLINKS = (
     (r"A100-SXM", 12, 25000),
     (r"H100 80GB HBM3|H100 SXM|H200$|H200 SXM|GH200", 18, 26562),
-    (r"GB?200|GB?300", 18, 53125),
+    (r"G?B[23]00", 18, 53125),
 )
 """GPU's name -> links and MB/s of each in one direction, as `nvidia-smi nvlink -s` prints them on healthy nodes."""
 
@@ -46,11 +46,13 @@ def _linked(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
 
     A virtual machine that was given one GPU of a node has no links to it: an H200 whose driver says so is as it should
     be there (tests/checks/bundles/h200_x1.json), and so is a GH200 alone, whose nvidia-smi calls all links inactive.
-    Beside another one it is not.
+    Beside another one it is not. A GPU in MIG mode has none to offer, whatever its kind.
     """
 
     def has_none(gpu: Gpu) -> bool:
         unsupported = isinstance(gpu.nvlinks, Unread) and gpu.nvlinks.problem is Problem.UNSUPPORTED
+        if gpu.mig == 1 and unsupported:
+            return True
         if expected_links(gpu) is None:
             return unsupported or gpu.nvlinks == ()
         return len(gpus) == 1 and (unsupported or gpu.nvlinks == ())
@@ -79,7 +81,11 @@ def links(node: Node, expected: Expectations) -> list[CheckResult]:
             findings.append(blind(gpu.nvlinks, f"GPU {gpu.index}"))
             continue
         up = [link for link in gpu.nvlinks if link.active is True]
-        wanted = known[0] if known else len(gpu.nvlinks)
+        # Of a kind that is not known, every card has as many as the one that shows most.
+        same = [
+            len(one.nvlinks) for one in gpus if one.name == gpu.name and not isinstance(one.nvlinks, Unread)
+        ]
+        wanted = known[0] if known else max(same)
         unreadable = [link.active for link in gpu.nvlinks if isinstance(link.active, Unread)]
         if unreadable:
             findings.append(blind(unreadable[0], f"GPU {gpu.index}"))

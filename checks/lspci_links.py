@@ -49,7 +49,10 @@ class _Device:
 
 
 def link_records(text: str) -> dict[str, Record]:
-    """Answers about GPUs, RDMA adapters and the bridges above them; none where lspci shows no such device."""
+    """Answers about GPUs, RDMA adapters and the bridges above them; none where lspci shows no such device, or names
+    alone (`lspci -nn`)."""
+    if not re.search(r"^\s+(?:Capabilities: |LnkCap:|LnkSta:)", text, re.MULTILINE):
+        return {}
     devices = {device.address: device for device in _devices(text)}
     below = {
         f"{one.address.partition(':')[0]}:{one.secondary}": one for one in devices.values() if one.secondary

@@ -97,6 +97,13 @@ def test_output_without_capabilities_is_no_answer() -> None:
     assert "was it lspci -vvv?" in found.detail
 
 
+def test_names_alone_tell_nothing_of_links(tmp_path: Path) -> None:
+    (tmp_path / "lspci").write_text(
+        "0001:00:00.0 3D controller [0302]: NVIDIA Corporation GA100 [10de:20b2] (rev a1)\n"
+    )
+    assert list(imported([tmp_path / "lspci"]).records) == ["run lspci -vvv"]
+
+
 def test_output_without_devices_is_an_error() -> None:
     found = parse_lspci("pcilib: Cannot open /proc/bus/pci\n")
     assert isinstance(found, Unread)
@@ -247,6 +254,15 @@ def test_an_inactive_link_is_down() -> None:
 
 
 # --- folders ----------------------------------------------------------------------------------------------
+
+
+def test_what_else_lies_in_a_copied_folder_is_no_device(tmp_path: Path) -> None:
+    port = tmp_path / "mlx5_0" / "ports" / "1"
+    port.mkdir(parents=True)
+    (port / "state").write_text("4: ACTIVE\n")
+    (tmp_path / "README").write_text("copied on Monday\n")
+    (tmp_path / ".DS_Store").write_text("")
+    assert imported([tmp_path]).records["list /sys/class/infiniband"] == {"value": ["mlx5_0"]}
 
 
 def test_a_captured_root_is_read_by_the_collectors(tmp_path: Path) -> None:
