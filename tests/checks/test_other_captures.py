@@ -365,6 +365,16 @@ def test_a_query_that_breaks_off_is_no_pass_wherever_it_does(tmp_path: Path) -> 
             assert UNKNOWN in {one.verdict for one in results.values()}, text[end - 1]
 
 
+def test_of_a_part_of_the_query_the_last_gpu_has_what_the_first_has(tmp_path: Path) -> None:
+    """`nvidia-smi -q -d ECC,PERFORMANCE`: no name and no processes by which its end could be seen."""
+    head, _, body = QUERY.partition("GPU 00000000:9B:00.0\n")
+    part = body[body.index("    Clocks Event Reasons") : body.index("    Fabric")]
+    text = head.replace(": 1\n", ": 2\n") + f"GPU 00000000:1B:00.0\n{part}GPU 00000000:9B:00.0\n"
+    assert {one.verdict for one in judged(tmp_path, text + part).values()} == {PASS}
+    cut = judged(tmp_path, text + part[: part.index("    ECC Errors")])
+    assert (cut["gpu.repair"].verdict, cut["gpu.throttle"].verdict) == (UNKNOWN, PASS)
+
+
 def test_a_query_without_a_gpu_is_no_capture(tmp_path: Path) -> None:
     (tmp_path / "capture").write_text(QUERY.partition("Attached")[0])
     with pytest.raises(BundleError, match="without a GPU in it"):
