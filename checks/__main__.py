@@ -226,8 +226,8 @@ def _collect(words: Sequence[str]) -> int:
 def _judge(words: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m checks judge",
-        description="Judge a bundle; or captures: a folder of sysfs, and what lspci -vvv, dmesg, nvidia-smi -q and "
-        "nvidia-smi nvlink -s printed. Of captures, only what they hold is judged.",
+        description="Judge a bundle; or captures: a folder of sysfs, and what lspci -vvv, dmesg, nvidia-smi -q, "
+        "nvidia-smi nvlink -s, ibstat and ibstatus printed. Of captures, only what they hold is judged.",
     )
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="bundles, or captures of one node"

@@ -1,4 +1,4 @@
-"""Other people's captures as bundles: a sysfs tree, `lspci -vvv`, a kernel log, an nvidia-smi session. File system.
+"""Other people's captures as bundles: a sysfs tree, `lspci -vvv`, a kernel log, nvidia-smi, ibstat. File system.
 
 The collectors then run on them as they run on a bundle. What a capture does not hold stays unrecorded.
 """
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from checks import nvidia_smi
+from checks import ibstat, nvidia_smi
 from checks.bundle import Bundle, BundleError, make
 from checks.collect import collect_node
 from checks.collect_network import collect_rdma
@@ -19,17 +19,18 @@ from checks.expectations import Expectations
 from checks.kernel_log import KEPT_LINES as KERNEL_LINES
 from checks.lspci import DEVICE
 from checks.lspci import KEPT_LINES as LSPCI_LINES
+from checks.lspci_links import link_records
 from checks.reading import Problem, Reading, Unread
 
 KERNEL_LINE = re.compile(
-    # dmesg, dmesg -d, dmesg -T, dmesg -e (util-linux, sys-utils/dmesg.c, print_record). A log of fabric manager has
-    # [Feb 25 2025 13:59:45] there, and nothing of the kernel in it.
+    # dmesg, dmesg -d, dmesg -T (day and month in the user's language), dmesg -e (util-linux, sys-utils/dmesg.c,
+    # print_record). A log of fabric manager has [Feb 25 2025 13:59:45] there, and nothing of the kernel in it.
     r"^(?:<\d+>)?\[(?: *[<+]? *\d+\.\d+(?: <[ \d.]+)?>?"
-    r"|[A-Z][a-z]{2} [A-Z][a-z]{2} +\d+ [\d:]+ \d{4}|[A-Z][a-z]{2} *\d+ [\d:]+)\]"
+    r"|\S+ +\S+ +\d+ [\d:]{8} \d{4}|[A-Z][a-z]{2} *\d+ [\d:]+)\]"
     r"|^\d{4}-\d\d-\d\dT[\d:]+,\d+[+-][\d:]+ "  # dmesg --time-format=iso
     r"|^[a-z]+ *:[a-z]+ *: "  # dmesg --decode
     r"|^\d+,\d+,\d+,\S*;"  # /dev/kmsg (Documentation/ABI/testing/dev-kmsg)
-    r"|\bkernel: |^\s*NVRM: "  # syslog, journalctl
+    r"|\bkernel(?:\[\d+\])?: |^\s*NVRM: "  # syslog, journalctl
 )
 
 
@@ -38,6 +39,9 @@ SYSLOG_LINE = re.compile(
 )
 """/var/log/messages and journalctl (RFC 3164, journalctl -o short-iso), where the kernel's lines are some of many."""
 
+PROMPT = re.compile(r"^(?:\S+@\S+\s*)?[$#](?:\s|$)|^\S+@\S+[$#](?:\s|$)")
+"""`root@node:~# dmesg -T`, copied with its output."""
+
 TERMINAL = re.compile(r"\x1b\[[\d;]*m")
 """Colours, as `dmesg --color=always` prints them between `NVRM:` and what follows."""
 
@@ -45,7 +49,8 @@ TERMINAL = re.compile(r"\x1b\[[\d;]*m")
 def imported(paths: Sequence[Path], *, part: str = "") -> Bundle:
     """One bundle of all captures, each of a kind that is seen from its content. Raises BundleError."""
     records: dict[str, Record] = {}
-    for path in paths:
+    # Folders last: where a tool's text and the file that it read are both there, the file counts.
+    for path in sorted(paths, key=Path.is_dir):
         records |= _of(path, part)
     return make(paths[0].name, Expectations(), records)
 
@@ -66,19 +71,21 @@ def _of(path: Path, part: str) -> dict[str, Record]:
         except ValueError as error:
             raise BundleError(f"{path}: {error}") from None
     rows = [row for row in text.splitlines() if row.strip()][:400]
-    if rows and DEVICE.match(rows[0]):
-        return {"run lspci -vvv": closed(matching_lines(text, LSPCI_LINES))}
+    if any(DEVICE.match(row) for row in rows):
+        return {"run lspci -vvv": closed(matching_lines(text, LSPCI_LINES)), **link_records(text)}
+    if ibstat.looks_like(text):
+        return ibstat.records(text)
     if _is_kernel_log(text):
         return {"run dmesg": closed(matching_lines(text, KERNEL_LINES))}
     raise BundleError(
         f"{path}: not a capture that is known: a bundle, a folder of sysfs, or the output of "
-        "lspci -vvv, dmesg, nvidia-smi -q or nvidia-smi nvlink -s"
+        "lspci -vvv, dmesg, nvidia-smi -q, nvidia-smi nvlink -s, ibstat or ibstatus"
     )
 
 
 def _is_kernel_log(text: str) -> bool:
     """Half of its first lines are of a log, and somewhere the kernel has written."""
-    rows = [row for row in text.splitlines() if row.strip()]
+    rows = [row for row in text.splitlines() if row.strip() and not PROMPT.match(row)]
     first = rows[:400]
     known = sum(bool(KERNEL_LINE.search(row) or SYSLOG_LINE.match(row)) for row in first)
     return bool(first) and known * 2 >= len(first) and any(KERNEL_LINE.search(row) for row in rows)
@@ -93,8 +100,11 @@ def _of_folder(path: Path) -> dict[str, Record]:
         if (path / "class" / "infiniband").is_dir():
             (root / "sys").symlink_to(path.resolve())
         elif any(path.glob("*/ports/*/state")):
-            (root / "sys" / "class").mkdir(parents=True)
-            (root / "sys" / "class" / "infiniband").symlink_to(path.resolve())
+            devices = root / "sys" / "class" / "infiniband"
+            devices.mkdir(parents=True)
+            # Who copied the folder may have left notes in it, and an archiver files of its own.
+            for device in (one for one in path.iterdir() if one.is_dir() and not one.name.startswith(".")):
+                (devices / device.name).symlink_to(device.resolve())
         else:
             raise BundleError(f"{path}: no sys/, no class/infiniband/ and no */ports/*/state in this folder")
         return _collected(root)

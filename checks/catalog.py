@@ -12,6 +12,7 @@ from checks import (
     judge_gpu_use,
     judge_host,
     judge_links,
+    judge_pcie,
     judge_rdma,
     judge_roce,
 )
@@ -21,6 +22,7 @@ JUDGES = (
     judge_gpu,
     judge_gpu_use,
     judge_links,
+    judge_pcie,
     judge_rdma,
     judge_roce,
     judge_host,

@@ -19,7 +19,7 @@ from checks.collect_host import (
     collect_versions,
 )
 from checks.collect_network import collect_interfaces, collect_rdma
-from checks.collect_pci import collect_acs, collect_pci
+from checks.collect_pci import collect_acs, collect_aer, collect_pci, count_corrected
 from checks.evidence import Source
 from checks.expectations import Expectations
 from checks.facts import Node
@@ -49,14 +49,17 @@ def collect_node(source: Source, name: str, expected: Expectations) -> Node:
         versions = pool.submit(timed, "versions", lambda: collect_versions(source))
         environment = timed("environment", lambda: collect_environment(source))
         pci = timed("pci", lambda: collect_pci(source))
+        corrected = count_corrected(source, pci, 0)
         rdma = timed("rdma", lambda: collect_rdma(source))
         interfaces = timed("interfaces", lambda: collect_interfaces(source, rdma))
+        aer = timed("aer", lambda: collect_aer(source, pci, corrected))
         driver = gpus.result()
         return Node(
             name=name,
             gpus=driver,
             pci=pci,
             acs=acs.result(),
+            aer=aer,
             rdma=rdma,
             interfaces=interfaces,
             file_systems=folders.result(),

@@ -22,9 +22,11 @@ SLOWDOWN = 1
 LOST = frozenset({11, 14, 15, 16})
 """Interrupt issue, corrupted infoROM, GPU is lost, reset required."""
 
+MOST_GPUS, MOST_LINKS = 256, 64
+
 
 def collect_gpus(source: Source) -> Gpus:
-    count = _integer(source.ask("nvml", "nvmlDeviceGetCount"), "GPU count")
+    count = _at_most(MOST_GPUS, _integer(source.ask("nvml", "nvmlDeviceGetCount"), "GPU count"), "GPUs")
     number = count if isinstance(count, int) else 0
     links = [_link_count(source, index) for index in range(number)]
     before = [_link_errors(source, index, links[index], 0) for index in range(number)]
@@ -115,7 +117,7 @@ def _with_links(
 
 
 def _link_count(source: Source, index: int) -> int | Unread:
-    return _field(source, index, LINK_COUNT)
+    return _at_most(MOST_LINKS, _field(source, index, LINK_COUNT), f"NVLinks of GPU {index}")
 
 
 def _active(source: Source, index: int, link: int) -> bool | Unread:
@@ -255,6 +257,13 @@ def _integer(answer: Any | Unread, what: str) -> int | Unread:
     if isinstance(answer, bool) or not isinstance(answer, int):
         return Unread(Problem.ERROR, f"{what}: not a number: {answer!r}")
     return answer
+
+
+def _at_most(most: int, count: int | Unread, what: str) -> int | Unread:
+    """A damaged record must not make a loop of a billion questions."""
+    if isinstance(count, int) and count > most:
+        return Unread(Problem.ERROR, f"{count} {what}: more than there can be")
+    return count
 
 
 def _text(answer: Any | Unread) -> str | Unread:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from checks.evidence import Source
-from checks.facts import Acs, PciDevice
+from checks.facts import Acs, AerCounters, PciDevice
 from checks.lspci import KEPT_LINES, parse_lspci
 from checks.reading import Problem, Reading, Unread, integer, line, parsed
 
@@ -117,3 +117,41 @@ def collect_acs(source: Source) -> Acs | Unread:
         # With lspci this user would see no more: capabilities are root's (Linux shows others 64 bytes of them).
         return Unread(Problem.NOT_PERMITTED, "no lspci, and only root could read it")
     return text
+
+
+def count_corrected(
+    source: Source, devices: tuple[PciDevice, ...] | Unread, sample: int
+) -> tuple[int | Unread, ...]:
+    """Errors that each device's link has corrected so far."""
+    found = () if isinstance(devices, Unread) else devices
+    return tuple(_errors(source, device.address, "correctable", sample) for device in found)
+
+
+def collect_aer(
+    source: Source, devices: tuple[PciDevice, ...] | Unread, corrected: tuple[int | Unread, ...]
+) -> tuple[AerCounters, ...]:
+    """The kernel's counters of PCIe errors, which an ordinary user may read where the kernel log is for root alone."""
+    after = count_corrected(source, devices, 1)
+    found = () if isinstance(devices, Unread) else devices
+    return tuple(
+        AerCounters(
+            device.address,
+            (before, now),
+            _errors(source, device.address, "nonfatal", 0),
+            _errors(source, device.address, "fatal", 0),
+        )
+        for device, before, now in zip(found, corrected, after, strict=True)
+    )
+
+
+def _errors(source: Source, address: str, severity: str, sample: int) -> int | Unread:
+    """The sum in the last line, `TOTAL_ERR_COR 0` (drivers/pci/pcie/aer.c, aer_stats_dev_attr)."""
+    what = f"{address} aer_dev_{severity}"
+    return parsed(source.read(f"{FOLDER}/{address}/aer_dev_{severity}", sample), _total, what)
+
+
+def _total(text: str) -> int:
+    total = re.search(r"^TOTAL_ERR_\w+ (\d+)$", text, re.MULTILINE)
+    if total is None:
+        raise ValueError("no TOTAL_ERR")
+    return int(total[1])

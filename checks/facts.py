@@ -143,6 +143,17 @@ class PciDevice:
 
 
 @dataclass(frozen=True)
+class AerCounters:
+    """How many errors a device's PCIe link had since boot, as the kernel counts them for AER."""
+
+    address: str
+    corrected: tuple[Number, Number]
+    """At the start and at the end of the collection."""
+    non_fatal: Number
+    fatal: Number
+
+
+@dataclass(frozen=True)
 class Acs:
     """Bridges whose ACSCtl has SrcValid+, as `lspci -vvv` tells root."""
 
@@ -199,7 +210,14 @@ class RdmaPort:
 
     @property
     def gigabits(self) -> float | Unread:
-        return parsed(self.rate, lambda text: float(text.split()[0]), f"{self.device} rate")
+        return parsed(self.rate, _gigabits, f"{self.device} rate")
+
+
+def _gigabits(text: str) -> float:
+    number = float(text.split()[0])
+    if not 0 < number < float("inf"):
+        raise ValueError("no rate")
+    return number
 
 
 @dataclass(frozen=True)
@@ -298,6 +316,7 @@ class Node:
     gpus: Gpus
     pci: tuple[PciDevice, ...] | Unread
     acs: Acs | Unread
+    aer: tuple[AerCounters, ...]
     rdma: Rdma
     interfaces: tuple[Interface, ...] | Unread
     file_systems: tuple[FileSystem, ...]

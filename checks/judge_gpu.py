@@ -6,7 +6,7 @@ from checks.collect_pci import is_gpu
 from checks.expectations import Expectations
 from checks.facts import Gpu, Node
 from checks.findings import Finding, blind, fail, result, warn
-from checks.kernel_log import Xid, fallen, fatal_sxids, not_started, strange_xids, xids
+from checks.kernel_log import Xid, fallen, not_started, strange_xids, xids
 from checks.reading import Problem, Unread, shortened
 from checks.registry import check
 from checks.verdict import CheckResult, Verdict
@@ -230,7 +230,7 @@ def repair(node: Node, expected: Expectations) -> list[CheckResult]:
 
 @check("gpu.xid", reads=["run dmesg"], source="NVIDIA Xid errors (docs.nvidia.com/deploy/xid-errors)")
 def xid(node: Node, expected: Expectations) -> list[CheckResult]:
-    """No Xid or fatal SXid in the kernel log that asks for more than a look."""
+    """No Xid in the kernel log that asks for more than a look."""
     name = "gpu.xid"
     if without_gpus(node, expected):
         return []
@@ -253,9 +253,6 @@ def xid(node: Node, expected: Expectations) -> list[CheckResult]:
         if address not in gone
     ]
     findings += [blind(Unread(Problem.ERROR, shortened(line))) for line in strange_xids(log)]
-    findings += [
-        fail(f"{text} (fatal)", "restart fabric manager or reboot the node") for text in fatal_sxids(log)
-    ]
     return result(name, [one for one in findings if one], "none in the kernel log", "no Xid")
 
 

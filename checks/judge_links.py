@@ -1,29 +1,25 @@
-"""What joins GPUs to each other and to the host: NVLink, fabric manager, PCIe. Pure."""
+"""What joins GPUs to each other: NVLink, its switches, fabric manager. Pure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from checks.collect_pci import is_adapter, is_gpu
 from checks.expectations import Expectations
-from checks.facts import Gpu, Node, PciDevice
+from checks.facts import Gpu, Node
 from checks.findings import Finding, blind, fail, result, warn
-from checks.judge_gpu import IDLE, gpus_of, without_gpus
-from checks.kernel_log import limited_links
-from checks.reading import Problem, Unread
+from checks.judge_gpu import gpus_of, without_gpus
+from checks.reading import Problem, Unread, shortened
 from checks.registry import check
-from checks.verdict import CheckResult, Verdict
+from checks.sxid import GUIDE, Sxid, strange_sxids, sxids
+from checks.verdict import CheckResult
 
 NVLINKS = (
     (r"A100-SXM", 12, 25000),
     (r"H100 80GB HBM3|H100 SXM|H200$|H200 SXM|GH200", 18, 26562),
-    (r"GB?200|GB?300", 18, 53125),
+    (r"G?B[23]00", 18, 53125),
 )
 """GPU's name -> links and MB/s of each in one direction, as `nvidia-smi nvlink -s` prints them on healthy nodes."""
-
-RDMA_DRIVERS = ("mlx5_core", "mlx4_core", "bnxt_en", "ice", "efa")
-"""Kernel drivers whose lines in the log are about adapters that do RDMA."""
 
 COMPLETED = 3
 HEALTH = (
@@ -50,11 +46,13 @@ def _linked(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
 
     A virtual machine that was given one GPU of a node has no links to it: an H200 whose driver says so is as it should
     be there (tests/checks/bundles/h200_x1.json), and so is a GH200 alone, whose nvidia-smi calls all links inactive.
-    Beside another one it is not.
+    Beside another one it is not. A GPU in MIG mode has none to offer, whatever its kind.
     """
 
     def has_none(gpu: Gpu) -> bool:
         unsupported = isinstance(gpu.nvlinks, Unread) and gpu.nvlinks.problem is Problem.UNSUPPORTED
+        if gpu.mig == 1 and unsupported:
+            return True
         if expected_links(gpu) is None:
             return unsupported or gpu.nvlinks == ()
         return len(gpus) == 1 and (unsupported or gpu.nvlinks == ())
@@ -83,7 +81,11 @@ def links(node: Node, expected: Expectations) -> list[CheckResult]:
             findings.append(blind(gpu.nvlinks, f"GPU {gpu.index}"))
             continue
         up = [link for link in gpu.nvlinks if link.active is True]
-        wanted = known[0] if known else len(gpu.nvlinks)
+        # Of a kind that is not known, every card has as many as the one that shows most.
+        same = [
+            len(one.nvlinks) for one in gpus if one.name == gpu.name and not isinstance(one.nvlinks, Unread)
+        ]
+        wanted = known[0] if known else max(same)
         unreadable = [link.active for link in gpu.nvlinks if isinstance(link.active, Unread)]
         if unreadable:
             findings.append(blind(unreadable[0], f"GPU {gpu.index}"))
@@ -180,193 +182,29 @@ def _before_fabric(gpu: Gpu) -> bool:
     return unsupported and isinstance(gpu.architecture, int) and gpu.architecture < HOPPER
 
 
-# --- PCIe -------------------------------------------------------------------------------------------------
-
-
-@check(
-    "pcie.gpu",
-    reads=["nvml nvmlDeviceGetCurrPcieLinkWidth *", "nvml nvmlDeviceGetCurrPcieLinkGeneration *"],
-    source="NVML: maximum that GPU and system can do together",
-)
-def pcie_gpu(node: Node, expected: Expectations) -> list[CheckResult]:
-    """Every GPU's PCIe link has its full width and generation."""
-    name = "pcie.gpu"
-    gpus = gpus_of(node, expected, name)
-    if isinstance(gpus, list):
-        return gpus
-    findings: list[Finding] = []
-    for gpu in gpus:
-        idle = isinstance(gpu.clock_reasons, int) and bool(gpu.clock_reasons & IDLE)
-        pairs = (
-            ("width", gpu.pcie_width, gpu.pcie_width_max, fail),
-            # Some GPUs lower the generation while they idle (nvmlDeviceGetCurrPcieLinkGeneration).
-            ("generation", gpu.pcie_generation, gpu.pcie_generation_max, warn if idle else fail),
-        )
-        for what, now, most, verdict in pairs:
-            if isinstance(now, Unread) or isinstance(most, Unread):
-                findings += [
-                    blind(one, f"GPU {gpu.index} {what}") for one in (now, most) if isinstance(one, Unread)
-                ][:1]
-            elif now < most:
-                findings.append(
-                    verdict(f"GPU {gpu.index}: PCIe {what} {now} of {most}", "reseat it, or its riser")
-                )
-    shown = next((f"generation {gpu.pcie_generation} × {gpu.pcie_width}" for gpu in gpus), "")
-    return result(name, findings, f"{shown} on {len(gpus)} GPUs", "full width and generation")
-
-
-@check(
-    "pcie.path",
-    reads=["read /sys/bus/pci/devices/*/current_link_*", "link /sys/bus/pci/devices/*"],
-    source="drivers/pci/pci-sysfs.c: each link against what both of its ends can do",
-)
-def pcie_path(node: Node, expected: Expectations) -> list[CheckResult]:
-    """Every PCIe link from the root to a GPU or RDMA adapter runs as fast as its two ends can."""
-    name = "pcie.path"
-    if expected.gpus == 0 and expected.without_rdma:
+@check("nvlink.sxid", reads=["run dmesg"], source=GUIDE)
+def switches(node: Node, expected: Expectations) -> list[CheckResult]:
+    """No NVSwitch has reported an error that stalls the GPUs."""
+    name = "nvlink.sxid"
+    if without_gpus(node, expected):
         return []
-    if isinstance(node.pci, Unread):
-        return result(name, [blind(node.pci)], "", "every link at its best")
-    known = {device.address: device for device in node.pci}
-    ends = [device for device in node.pci if is_gpu(device) or is_adapter(device)]
-    if not ends:
-        return []
-    findings: list[Finding] = []
-    for end in ends:
-        if isinstance(end.parents, Unread):
-            findings.append(blind(end.parents, end.address))
-            continue
-        # Root port - switch's upper port, switch's lower port - device: inside a switch there is no link.
-        chain = [known[address] for address in (*end.parents, end.address) if address in known]
-        # The last pair is the device's own; behind a hypervisor it may have no port above it.
-        offset = len(chain) % 2
-        for upper, lower in _pairs(chain[offset:]):
-            findings += _link_findings(upper, lower)
-        # A guest's device may have no link of its own; on metal every device has one.
-        hidden = isinstance(end.width, Unread) and end.width.problem is Problem.MISSING
-        if isinstance(end.width, Unread) and not (hidden and node.host.virtual is True):
-            findings.append(blind(end.width, end.address))
-    return result(name, findings, f"{len(ends)} devices at their best", "width and speed of both ends")
-
-
-def _pairs(chain: list[PciDevice]) -> list[tuple[PciDevice, PciDevice]]:
-    return list(zip(chain[::2], chain[1::2], strict=True))
-
-
-def _link_findings(upper: PciDevice, lower: PciDevice) -> list[Finding]:
-    for value in (
-        upper.width_max,
-        lower.width_max,
-        lower.width,
-        upper.speed_max,
-        lower.speed_max,
-        lower.speed,
-    ):
-        if isinstance(value, Unread):
-            # A port without PCI Express (a hypervisor's) has no such files: drivers/pci/pci-sysfs.c hides them.
-            return [] if value.problem is Problem.MISSING else [blind(value, lower.address)]
-    findings = []
-    assert isinstance(upper.width_max, int)
-    assert isinstance(lower.width_max, int)
-    assert isinstance(lower.width, int)
-    possible = min(upper.width_max, lower.width_max)
-    if lower.width < possible:
-        findings.append(
-            fail(f"{lower.address}: width {lower.width} of {possible}", "reseat it, or its riser")
-        )
-    speeds = [_gigatransfers(str(text)) for text in (upper.speed_max, lower.speed_max, lower.speed)]
-    if None in speeds:
-        return [*findings, blind(Unread(Problem.ERROR, f"speed {lower.speed}"), lower.address)]
-    most, now = min(speeds[0] or 0.0, speeds[1] or 0.0), speeds[2] or 0.0
-    if now < most:
-        verdict = warn if is_gpu(lower) else fail
-        findings.append(
-            verdict(f"{lower.address}: {now:g} of {most:g} GT/s", "reseat it; an idle GPU may save power")
-        )
-    return findings
-
-
-def _gigatransfers(text: str) -> float | None:
-    """`32.0 GT/s PCIe` (drivers/pci/probe.c, pci_speed_string); `Unknown` has none."""
-    match = re.match(r"([\d.]+) GT/s", text)
-    return float(match[1]) if match else None
-
-
-@check("pcie.bandwidth", reads=["run dmesg"], source="drivers/pci/pci.c, __pcie_print_link_status")
-def pcie_bandwidth(node: Node, expected: Expectations) -> list[CheckResult]:
-    """No network adapter said at boot that its PCIe slot is too slow for it."""
-    name = "pcie.bandwidth"
-    devices, log = node.rdma.devices, node.host.kernel_log
-    # A captured log alone: nobody says which devices there are, but each line says which driver it is of.
-    log_alone = isinstance(devices, Unread) and devices.problem is Problem.NOT_RECORDED
-    if expected.without_rdma or (not log_alone and (isinstance(devices, Unread) or not devices)):
-        return []
+    wish = "no SXid"
+    log = node.host.kernel_log
     if isinstance(log, Unread):
-        return result(name, [blind(log, "kernel log")], "", "no limited link")
-    adapters = set() if isinstance(devices, Unread) else {device.pci for device in devices}
-    findings = [
-        warn(text, "a narrower slot than the adapter's; compare with the other nodes")
-        for text in dict.fromkeys(limited_links(log, *(RDMA_DRIVERS if log_alone else ())))
-        if log_alone or text.partition(": ")[0] in adapters
-    ]
-    if log_alone and not findings:
-        return []
-    return result(name, findings, "none limited", "no limited link")
+        return result(name, [blind(log, "kernel log")], "", wish)
+    findings = [_switch_finding(one) for one in sxids(log) if one.action != "nothing"]
+    findings += [blind(Unread(Problem.ERROR, shortened(line))) for line in strange_sxids(log)]
+    return result(name, findings, "none in the kernel log", wish)
 
 
-@check(
-    "pcie.acs", reads=["run lspci -vvv"], source="ACSCtl SrcValid+ on a bridge (NCCL: GPU Direct, PCI ACS)"
-)
-def acs(node: Node, expected: Expectations) -> list[CheckResult]:
-    """No bridge sends peer-to-peer traffic up to the root: Access Control Services are off."""
-    name = "pcie.acs"
-    if without_gpus(node, expected) or node.host.virtual is True:
-        return []  # a guest sees bridges of its hypervisor's making
-    wish = "off on every bridge"
-    if isinstance(node.acs, Unread):
-        return result(name, [blind(node.acs, "lspci -vvv")], "", wish)
-    if not node.acs.readable:
-        return [
-            CheckResult(
-                name, Verdict.NOT_PERMITTED, "lspci shows <access denied>", wish, "ask an administrator"
-            )
-        ]
-    findings = []
-    if node.acs.enabled:
-        enabled, more = node.acs.enabled[:16], len(node.acs.enabled) - 16
-        text = f"on at {len(node.acs.enabled)} bridges: {' '.join(enabled)}" + (
-            f" and {more} more" if more > 0 else ""
-        )
-        findings.append(
-            warn(text, "off in the firmware, or setpci -s BRIDGE ECAP_ACS+0x6.w=0000, by an administrator")
-        )
-    return result(name, findings, f"off at {node.acs.bridges} bridges", wish)
-
-
-@check(
-    "pcie.iommu",
-    reads=["link /sys/bus/pci/devices/*/iommu_group", "read /sys/kernel/iommu_groups/*/type"],
-    source="Documentation/ABI/testing/sysfs-kernel-iommu_groups",
-)
-def iommu(node: Node, expected: Expectations) -> list[CheckResult]:
-    """The IOMMU does not translate what GPUs send to their peers."""
-    name = "pcie.iommu"
-    if without_gpus(node, expected) or node.host.virtual is True or isinstance(node.pci, Unread):
-        return []
-    findings: list[Finding] = []
-    kinds: set[str] = set()
-    for gpu in filter(is_gpu, node.pci):
-        if isinstance(gpu.iommu, Unread):
-            if gpu.iommu.problem is Problem.MISSING:
-                kinds.add("off")
-            else:
-                findings.append(blind(gpu.iommu, gpu.address))
-        elif gpu.iommu == "identity":
-            kinds.add("identity")
-        else:
-            findings.append(warn(f"{gpu.address}: {gpu.iommu}", "iommu=pt on the kernel's command line"))
-    return (
-        result(name, findings, ", ".join(sorted(kinds)) or "no GPU", "off or identity")
-        if findings or kinds
-        else []
-    )
+def _switch_finding(one: Sxid) -> Finding:
+    links = f" link {' '.join(map(str, one.links))}" if one.links else ""
+    text = f"SXid {one.number} on {one.switch}{links}" + (f" ({one.count} times)" if one.count > 1 else "")
+    until = "leave the node out until an administrator did"
+    if one.action == "reboot":
+        return fail(f"{text}, fatal to the whole fabric", f"reboot the node: {until}")
+    if one.action == "reset":
+        return fail(text, f"reset all GPUs and NVSwitches together, or reboot the node: {until}")
+    if one.action == "watch":
+        return warn(text, "NVIDIA calls it non-fatal; a link that repeats it is suspect")
+    return blind(Unread(Problem.ERROR, f"{text}: neither fatal nor non-fatal, and in no list of NVIDIA's"))

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from checks import aer
+
 Action = Literal["isolate", "reboot", "reset", "watch"]
 
 ACTIONS: dict[int, Action] = {
@@ -40,9 +42,6 @@ FALLEN_LINES = 3
 NOT_STARTED = re.compile(r"NVRM: GPU (?:PCI:)?([0-9a-fA-F:.]+): RmInitAdapter failed")
 """kernel-open/nvidia/nv.c, nv_start_device: `NVRM: GPU 0000:9b:00.0: RmInitAdapter failed! (0x62:0x55:1860)`."""
 
-SXID = re.compile(r"SXid \(PCI:([0-9a-fA-F:.]+)\): (\d+),? ?(.*)")
-"""`nvidia-nvswitch3: SXid (PCI:0000:85:00.0): 20034, Fatal, Link 30 …` (linux_nvswitch.c)."""
-
 LIMITED = re.compile(
     r"(\S+) ([0-9a-f:]+\.[0-7]):? ?(?:\S* )?[\d.]+ Gb/s available PCIe bandwidth, limited by (.*)"
 )
@@ -52,8 +51,8 @@ INVALID_CONTEXT = re.compile(
     r"(nvidia-peermem|nv_peer_mem|nvidia_peermem|nv_get_p2p)\S*.*invalid context", re.IGNORECASE
 )
 
-_KINDS = r"nvrm|nvidia|nvswitch|peermem|nv_peer_mem|mlx[45]|bnxt|\befa\b|PCIe bandwidth|AER:|infiniband"
-KEPT_LINES = rf"(?i)^(?!.*command line:).*(?:{_KINDS})"
+_KINDS = r"nvrm|nvidia|nvswitch|peermem|nv_peer_mem|mlx[45]|bnxt|\befa\b|PCIe bandwidth|infiniband"
+KEPT_LINES = rf"(?i)^(?!.*command line:).*(?:{_KINDS}|{aer.KEPT_LINES})"
 """All that is looked at, and what a person would ask for next. The rest of a kernel log is nobody's business, and the
 kernel's command line, which names drivers too, may hold what is secret."""
 
@@ -133,15 +132,6 @@ def action_of(number: int, text: str) -> Action | None:
     if "reset" in said or "drain" in said:
         return "reset"
     return "watch"
-
-
-def fatal_sxids(log: str) -> list[str]:
-    """NVSwitch errors that say of themselves that they are fatal (`Fatal`, not `Non-fatal`)."""
-    return [
-        f"{match[1].lower()}: SXid {match[2]}"
-        for line in log.splitlines()
-        if (match := SXID.search(line)) and match[3].lower().startswith("fatal")
-    ]
 
 
 def limited_links(log: str, *drivers: str) -> list[str]:

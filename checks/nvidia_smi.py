@@ -17,6 +17,7 @@ from checks.collect_gpu import (
     LINK_COUNT,
     LINK_SPEED,
     MEMORY_TEMPERATURE,
+    MOST_GPUS,
     RECOVERY_ACTION,
     SLOWDOWN,
     SRAM,
@@ -24,7 +25,19 @@ from checks.collect_gpu import (
     VOLATILE,
 )
 from checks.evidence import Record, key_of
-from checks.reading import NOT_A_VALUE
+from checks.nvidia_smi_values import (
+    cuda_number,
+    enabled,
+    first_number,
+    lanes,
+    listed,
+    mebibytes,
+    members,
+    put,
+    value_of,
+    yes,
+)
+from checks.reading import NOT_A_VALUE, Problem
 
 Tree = dict[str, str]
 """`PCI/GPU Link Info/Link Width/Current` -> `16x`."""
@@ -94,6 +107,7 @@ FAILED = re.compile(
 )
 """What it prints in place of an answer, the last of a GPU that does not answer:
 `Unable to determine the device handle for GPU0000:CB:00.0: Unknown Error`, or `: GPU is lost.  Reboot the system …`."""
+MIG_MODE = re.compile(r"Nvlink queries are not supported for Devices in MIG mode", re.IGNORECASE)
 NO_LINK = "as all links are inActive"
 """`NVML: Unable to retrieve NVLink information as all links are inActive`, in place of a GPU's links."""
 HEAD = re.compile(r"^GPU (\d+): (.*?) \(UUID: ([^)]*)\)$", re.MULTILINE)
@@ -116,13 +130,11 @@ def records(text: str, part: str = "") -> dict[str, Record]:
     """
     found: dict[str, Record] = {}
     if "No devices were found" in text:
-        _put(found, {"value": 0}, "nvmlDeviceGetCount")
+        put(found, {"value": 0}, "nvmlDeviceGetCount")
     elif "NVIDIA-SMI has failed" in text:
-        _put(
-            found, {"problem": "missing", "detail": "NVIDIA-SMI has failed: no driver"}, "nvmlDeviceGetCount"
-        )
+        put(found, {"problem": "missing", "detail": "NVIDIA-SMI has failed: no driver"}, "nvmlDeviceGetCount")
     elif failed := FAILED.search(text):
-        _put(found, {"problem": "error", "detail": failed[0].strip()}, "nvmlDeviceGetCount")
+        put(found, {"problem": "error", "detail": failed[0].strip()}, "nvmlDeviceGetCount")
     if QUERY in text:
         found |= _of_query(_part(text, part))
     found |= _of_links(text, counted=QUERY in text)
@@ -134,18 +146,26 @@ def _of_absent(found: Mapping[str, Record], failed: re.Match[str] | None) -> dic
     count = found.get("nvml nvmlDeviceGetCount", {}).get("value")
     if not isinstance(count, int):
         return {}
-    silent = [index for index in range(count) if key_of("nvml", ["nvmlDeviceGetName", index]) not in found]
+    silent = [
+        index
+        for index in range(min(count, MOST_GPUS))
+        if key_of("nvml", ["nvmlDeviceGetName", index]) not in found
+    ]
     absent: dict[str, Record] = {}
     if failed and not silent:
         silent = [count]
-        _put(absent, {"value": count + 1}, "nvmlDeviceGetCount")
-    why = failed[0].strip() if failed else f"nvidia-smi counts {count} GPUs, and tells nothing of this one"
+        put(absent, {"value": count + 1}, "nvmlDeviceGetCount")
+    why = (
+        failed[0].strip()
+        if failed
+        else f"there are GPUs up to number {count - 1}, and nothing is told of this one"
+    )
     told = ["nvmlDeviceGetName"]
     if key_of("nvml", ["nvmlDeviceGetPciInfo", 0]) in found:
         told.append("nvmlDeviceGetPciInfo")
     for index in silent:
         for function in told:
-            _put(absent, {"problem": "error", "detail": why}, function, index)
+            put(absent, {"problem": "error", "detail": why}, function, index)
     return absent
 
 
@@ -167,73 +187,96 @@ def _of_query(text: str) -> dict[str, Record]:
     top = dict(_tree(head))
     if "Attached GPUs" not in top and not bodies:
         raise ValueError("nvidia-smi -q without a GPU in it: cut off, or another tool's")
-    _put(found, _value(top.get("Attached GPUs"), int), "nvmlDeviceGetCount")
-    _put(found, _value(top.get("Driver Version"), str), "nvmlSystemGetDriverVersion")
-    _put(found, _value(top.get("CUDA Version"), _cuda), "nvmlSystemGetCudaDriverVersion")
-    for index, (address, body) in enumerate(zip(bodies[::2], bodies[1::2], strict=True)):
-        _of_gpu(found, index, address, body)
+    put(found, value_of(top.get("Attached GPUs"), int), "nvmlDeviceGetCount")
+    put(found, value_of(top.get("Driver Version"), str), "nvmlSystemGetDriverVersion")
+    put(found, value_of(top.get("CUDA Version"), cuda_number), "nvmlSystemGetCudaDriverVersion")
+    trees = [dict(_tree(body)) for body in bodies[1::2]]
+    for index, (address, body, tree) in enumerate(zip(bodies[::2], bodies[1::2], trees, strict=True)):
+        answers: dict[str, Record] = {}
+        _of_gpu(answers, index, address, body, tree)
+        ends_early = index == len(trees) - 1 and _breaks_off(tree, trees[0])
+        found |= _broken_off(answers) if ends_early else answers
     return found
 
 
-def _of_gpu(found: dict[str, Record], index: int, address: str, body: str) -> None:
-    tree = dict(_tree(body))
+def _breaks_off(tree: Tree, first: Tree) -> bool:
+    """Whether the last GPU's part ends early: a whole one ends with its processes, and has what the first GPU's has."""
+    sections, others = ({path.partition("/")[0] for path in one} for one in (tree, first))
+    without = not tree or ("Product Name" in tree and "Processes" not in sections)
+    return without or bool(others - sections - {"MIG Device"})
 
-    def put(record: Record, function: str, *args: Any) -> None:
-        _put(found, record, function, index, *args)
+
+def _broken_off(answers: Mapping[str, Record]) -> dict[str, Record]:
+    ended: Record = {"problem": "error", "detail": "the output of nvidia-smi ends before it"}
+    return {
+        key: ended if record.get("problem") == Problem.NOT_RECORDED else record
+        for key, record in answers.items()
+    }
+
+
+def _of_gpu(found: dict[str, Record], index: int, address: str, body: str, tree: Tree) -> None:
+    def answer(record: Record, function: str, *args: Any) -> None:
+        put(found, record, function, index, *args)
 
     def field(number: int, record: Record) -> None:
         found[key_of("nvml_field", [index, number, 1])] = {"value": [record]}
 
     def take(path: str, kind: Any) -> Record:
-        return _value(tree.get(path), kind)
+        return value_of(tree.get(path), kind)
 
-    put({"value": {"busId": address}}, "nvmlDeviceGetPciInfo")
-    put(take("Product Name", str), "nvmlDeviceGetName")
-    put(take("GPU UUID", str), "nvmlDeviceGetUUID")
-    put(take("Product Architecture", lambda text: ARCHITECTURES[text]), "nvmlDeviceGetArchitecture")
-    put(
-        _members(total=take("FB Memory Usage/Total", _mib), used=take("FB Memory Usage/Used", _mib)),
+    answer({"value": {"busId": address}}, "nvmlDeviceGetPciInfo")
+    answer(take("Product Name", str), "nvmlDeviceGetName")
+    answer(take("GPU UUID", str), "nvmlDeviceGetUUID")
+    answer(take("Product Architecture", lambda text: ARCHITECTURES[text]), "nvmlDeviceGetArchitecture")
+    answer(
+        members(total=take("FB Memory Usage/Total", mebibytes), used=take("FB Memory Usage/Used", mebibytes)),
         "nvmlDeviceGetMemoryInfo",
     )
-    put(_list(take("ECC Mode/Current", _enabled), take("ECC Mode/Pending", _enabled)), "nvmlDeviceGetEccMode")
-    put(_list(take("MIG Mode/Current", _enabled), take("MIG Mode/Pending", _enabled)), "nvmlDeviceGetMigMode")
+    answer(
+        listed(take("ECC Mode/Current", enabled), take("ECC Mode/Pending", enabled)), "nvmlDeviceGetEccMode"
+    )
+    answer(
+        listed(take("MIG Mode/Current", enabled), take("MIG Mode/Pending", enabled)), "nvmlDeviceGetMigMode"
+    )
     field(RECOVERY_ACTION, take("GPU Recovery Action", lambda text: ACTIONS[text.lower()]))
-    field(MEMORY_TEMPERATURE, take("Temperature/Memory Current Temp", _first))
+    field(MEMORY_TEMPERATURE, take("Temperature/Memory Current Temp", first_number))
     ecc = "ECC Errors"
-    put(_sum(tree, f"{ecc}/Volatile/", "Uncorrectable"), "nvmlDeviceGetTotalEccErrors", UNCORRECTED, VOLATILE)
+    answer(
+        _sum(tree, f"{ecc}/Volatile/", "Uncorrectable"), "nvmlDeviceGetTotalEccErrors", UNCORRECTED, VOLATILE
+    )
     for verdict, word in ((UNCORRECTED, "Uncorrectable"), (CORRECTED, "Correctable")):
         for place, name in ((SRAM, "SRAM"), (DRAM, "DRAM")):
             total = _sum(tree, f"{ecc}/Aggregate/{name} ", word)
-            put(total, "nvmlDeviceGetMemoryErrorCounter", verdict, AGGREGATE, place)
+            answer(total, "nvmlDeviceGetMemoryErrorCounter", verdict, AGGREGATE, place)
     rows = [
         take(f"Remapped Rows/{name}", kind)
         for name, kind in (
             ("Correctable Error", int),
             ("Uncorrectable Error", int),
-            ("Pending", _yes),
-            ("Remapping Failure Occurred", _yes),
+            ("Pending", yes),
+            ("Remapping Failure Occurred", yes),
         )
     ]
-    put(
-        _value(tree["Remapped Rows"], int) if "Remapped Rows" in tree else _list(*rows),
+    answer(
+        value_of(tree["Remapped Rows"], int) if "Remapped Rows" in tree else listed(*rows),
         "nvmlDeviceGetRemappedRows",
     )
-    exceeded = take(f"{ecc}/Aggregate/SRAM Threshold Exceeded", _yes)
-    put(_members(bThresholdExceeded=exceeded), "nvmlDeviceGetSramEccErrorStatus")
-    repairs = [take(f"{ecc}/{name} Repair Pending", _yes) for name in ("Channel", "TPC")]
-    put(_list(*repairs), "nvmlDeviceGetRepairStatus")
-    put(take(f"{ecc}/Unrepairable Memory", _yes), "nvmlDeviceGetUnrepairableMemoryFlag_v1")
-    put(_reasons(tree), "nvmlDeviceGetCurrentClocksEventReasons")
-    put(take("Temperature/GPU Current Temp", _first), "nvmlDeviceGetTemperature", 0)
-    put(take("Temperature/GPU Slowdown Temp", _first), "nvmlDeviceGetTemperatureThreshold", SLOWDOWN)
-    put(take("Temperature/GPU T.Limit Temp", _first), "nvmlDeviceGetMarginTemperature")
+    exceeded = take(f"{ecc}/Aggregate/SRAM Threshold Exceeded", yes)
+    answer(members(bThresholdExceeded=exceeded), "nvmlDeviceGetSramEccErrorStatus")
+    repairs = [take(f"{ecc}/{name} Repair Pending", yes) for name in ("Channel", "TPC")]
+    answer(listed(*repairs), "nvmlDeviceGetRepairStatus")
+    answer(take(f"{ecc}/Unrepairable Memory", yes), "nvmlDeviceGetUnrepairableMemoryFlag_v1")
+    answer(_reasons(tree), "nvmlDeviceGetCurrentClocksEventReasons")
+    answer(take("Temperature/GPU Current Temp", first_number), "nvmlDeviceGetTemperature", 0)
+    answer(take("Temperature/GPU Slowdown Temp", first_number), "nvmlDeviceGetTemperatureThreshold", SLOWDOWN)
+    answer(take("Temperature/GPU T.Limit Temp", first_number), "nvmlDeviceGetMarginTemperature")
     link = "PCI/GPU Link Info"
-    put(take(f"{link}/PCIe Generation/Current", int), "nvmlDeviceGetCurrPcieLinkGeneration")
-    put(take(f"{link}/PCIe Generation/Max", int), "nvmlDeviceGetMaxPcieLinkGeneration")
-    put(take(f"{link}/Link Width/Current", _lanes), "nvmlDeviceGetCurrPcieLinkWidth")
-    put(take(f"{link}/Link Width/Max", _lanes), "nvmlDeviceGetMaxPcieLinkWidth")
-    put(_processes(body), "nvmlDeviceGetComputeRunningProcesses")
-    put(_fabric(tree), "nvmlDeviceGetGpuFabricInfoV")
+    answer(take(f"{link}/PCIe Generation/Current", int), "nvmlDeviceGetCurrPcieLinkGeneration")
+    answer(take(f"{link}/PCIe Generation/Max", int), "nvmlDeviceGetMaxPcieLinkGeneration")
+    answer(take(f"{link}/Link Width/Current", lanes), "nvmlDeviceGetCurrPcieLinkWidth")
+    answer(take(f"{link}/Link Width/Max", lanes), "nvmlDeviceGetMaxPcieLinkWidth")
+    answer(_processes(body), "nvmlDeviceGetComputeRunningProcesses")
+    answer(_fabric(tree), "nvmlDeviceGetGpuFabricInfoV")
 
 
 def _of_links(text: str, *, counted: bool) -> dict[str, Record]:
@@ -256,23 +299,27 @@ def _of_links(text: str, *, counted: bool) -> dict[str, Record]:
             blocks[index] = (head, rows)
     any_links = any(rows for _, rows in blocks.values()) or any(told.values())
     for index, (head, rows) in blocks.items():
-        if not counted:
-            _put(found, {"value": head[2]}, "nvmlDeviceGetName", index)
-            _put(found, {"value": head[3]}, "nvmlDeviceGetUUID", index)
-        if any_links:
+        if MIG_MODE.match(text[head.end() :].lstrip("\n")):
+            none: Record = {"problem": "unsupported", "detail": "nvidia-smi says that it is in MIG mode"}
+            put(found, {"value": [1, 1]}, "nvmlDeviceGetMigMode", index)
+            found[key_of("nvml_field", [index, LINK_COUNT, 1])] = {"value": [none]}
+        elif any_links:
             _put_links(found, index, rows)
+        if not counted:
+            put(found, {"value": head[2]}, "nvmlDeviceGetName", index)
+            put(found, {"value": head[3]}, "nvmlDeviceGetUUID", index)
     if blocks and not counted:
         # They are numbered from 0 on; one that is left out in between is there and does not answer.
-        _put(found, {"value": max(blocks) + 1}, "nvmlDeviceGetCount")
+        put(found, {"value": max(blocks) + 1}, "nvmlDeviceGetCount")
     return found
 
 
 def _put_links(found: dict[str, Record], index: int, rows: Sequence[re.Match[str]]) -> None:
     found[key_of("nvml_field", [index, LINK_COUNT, 1])] = {"value": [{"value": len(rows)}]}
-    speeds = [_value(row[2], lambda gigabytes: int(float(gigabytes) * 1000)) for row in rows]
+    speeds = [value_of(row[2], lambda gigabytes: int(float(gigabytes) * 1000)) for row in rows]
     found[key_of("nvml_field", [index, LINK_SPEED, len(rows)])] = {"value": speeds}
     for place, row in enumerate(rows):
-        _put(found, {"value": int(row[2] is not None)}, "nvmlDeviceGetNvLinkState", index, place)
+        put(found, {"value": int(row[2] is not None)}, "nvmlDeviceGetNvLinkState", index, place)
 
 
 def _tree(text: str) -> Iterator[tuple[str, str]]:
@@ -292,44 +339,10 @@ def _tree(text: str) -> Iterator[tuple[str, str]]:
         stack.append((depth, name))
 
 
-# --- values -----------------------------------------------------------------------------------------------
-
-
-def _put(found: dict[str, Record], record: Record, function: str, *args: Any) -> None:
-    found[key_of("nvml", [function, *args])] = record
-
-
-def _value(text: str | None, kind: Any) -> Record:
-    if text is None:
-        return {"problem": "not recorded", "detail": "not in this output of nvidia-smi"}
-    if "is lost" in text:
-        return {"problem": "error", "detail": text, "nvml": 15}
-    if NOT_A_VALUE.fullmatch(text):
-        problem = (
-            "not permitted" if "Permission" in text else "error" if "Unknown Error" in text else "unsupported"
-        )
-        return {"problem": problem, "detail": f"nvidia-smi says {text}"}
-    try:
-        return {"value": kind(text)}
-    except (ValueError, KeyError, IndexError):
-        return {"problem": "error", "detail": f"nvidia-smi says {text!r}"}
-
-
-def _list(*records: Record) -> Record:
-    return next(
-        (one for one in records if "value" not in one), {"value": [one.get("value") for one in records]}
-    )
-
-
-def _members(**records: Record) -> Record:
-    broken = next((one for one in records.values() if "value" not in one), None)
-    return broken or {"value": {name: one["value"] for name, one in records.items()}}
-
-
 def _sum(tree: Mapping[str, str], start: str, word: str) -> Record:
     """All counters whose name begins so and holds the word: parity and SEC-DED errors are told apart since 535."""
     parts = [
-        _value(text, int) for path, text in tree.items() if path.startswith(start) and f" {word}" in path
+        value_of(text, int) for path, text in tree.items() if path.startswith(start) and f" {word}" in path
     ]
     if not parts:
         return {"problem": "not recorded", "detail": f"no {word} in this output of nvidia-smi"}
@@ -344,19 +357,19 @@ def _reasons(tree: Mapping[str, str]) -> Record:
         if known:
             strange = [text for text in known.values() if text not in ("Active", "Not Active")]
             if strange:
-                return _value(strange[0], int)
+                return value_of(strange[0], int)
             return {"value": sum(bit for bit, text in known.items() if text == "Active")}
         if title in tree:
-            return _value(tree[title], int)
-    return _value(None, int)
+            return value_of(tree[title], int)
+    return value_of(None, int)
 
 
 def _processes(body: str) -> Record:
     section = re.search(r"^    Processes\s*(?:: (.*))?\n((?:        .*\n?)*)", body, re.MULTILINE)
     if section is None:
-        return _value(None, int)
+        return value_of(None, int)
     if section[1] and section[1].strip() != "None":
-        return _value(section[1].strip(), int)
+        return value_of(section[1].strip(), int)
     found: list[dict[str, Any]] = []
     for row in section[2].splitlines():
         name, _, value = (part.strip() for part in row.partition(":"))
@@ -370,7 +383,7 @@ def _processes(body: str) -> Record:
 def _fabric(tree: Mapping[str, str]) -> Record:
     state = tree.get("Fabric/State", tree.get("Fabric"))
     if state is None or NOT_A_VALUE.fullmatch(state):
-        return _value(state, int)
+        return value_of(state, int)
     if state.lower() not in FABRIC_STATES:
         return {"problem": "error", "detail": f"fabric state {state!r}"}
     cluster = tree.get("Fabric/ClusterUUID", "").replace("-", "")
@@ -379,7 +392,7 @@ def _fabric(tree: Mapping[str, str]) -> Record:
     if status == "N/A" and state.lower() == "completed":
         return {"problem": "error", "detail": "fabric completed, and its status N/A"}
     health = {
-        name: _value(tree.get(f"Fabric/Health/{name}", "N/A").lower(), words.__getitem__)
+        name: value_of(tree.get(f"Fabric/Health/{name}", "N/A").lower(), words.__getitem__)
         for name, (_, words) in FABRIC_HEALTH.items()
     }
     strange = next((one for one in health.values() if one.get("problem") == "error"), None)
@@ -399,28 +412,3 @@ def _fabric(tree: Mapping[str, str]) -> Record:
             "healthSummary": health["Summary"].get("value", 0),
         }
     }
-
-
-def _first(text: str) -> int:
-    return int(text.split()[0])
-
-
-def _mib(text: str) -> int:
-    return int(text.removesuffix("MiB")) << 20
-
-
-def _lanes(text: str) -> int:
-    return int(text.removesuffix("x"))
-
-
-def _enabled(text: str) -> int:
-    return {"Enabled": 1, "Disabled": 0}[text]
-
-
-def _yes(text: str) -> int:
-    return {"Yes": 1, "No": 0}[text]
-
-
-def _cuda(text: str) -> int:
-    major, minor = text.split(".")
-    return int(major) * 1000 + int(minor) * 10

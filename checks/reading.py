@@ -45,7 +45,7 @@ Reading = str | Unread
 T = TypeVar("T")
 
 NOT_A_VALUE = re.compile(
-    r"\[?\s*(N/A\b.*|Not Supported|Requested functionality has been deprecated|Unknown Error|"
+    r"\[?\s*(N/A\b.*|Not Supported|Requested functionality has been deprecated|Unknown Error|ERR!|Uninitialized|"
     r"\[?(GPU is lost|Not Found|Insufficient Permissions)\]?)\s*\]?",
     re.IGNORECASE,
 )

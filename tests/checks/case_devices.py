@@ -8,6 +8,8 @@ from tests.checks.nodes import GPUS, LSPCI, problem, value
 PCI = "/sys/bus/pci/devices"
 FABRIC_INFO = nvml("nvmlDeviceGetGpuFabricInfoV", 1)
 FABRIC = {"state": 3, "status": 0, "cliqueId": 0, "clusterUuid": [0] * 16, "healthMask": 0}
+SXID = "[ 9.0] nvidia-nvswitch3: SXid (PCI:0000:85:00.0):"
+ADAPTER = "[ 9.1] mlx5_core 0000:1a:00.0:"
 LOST = {"problem": "error", "detail": "GPU is lost", "nvml": 15}
 
 DEVICES: dict[str, Case] = {
@@ -88,8 +90,6 @@ DEVICES: dict[str, Case] = {
                 WARN,
                 "asks for nothing any more",
             ),
-            # linux_nvswitch.c
-            log("[ 9.0] nvidia-nvswitch3: SXid (PCI:0000:85:00.0): 20034, Fatal, Link 30", FAIL, "20034"),
         ]
     ),
     "gpu.bus": Case(
@@ -157,6 +157,73 @@ DEVICES: dict[str, Case] = {
             one(FABRIC_INFO, value({**FABRIC, "status": 999}), FAIL, "status 999"),
             one(FABRIC_INFO, value({**FABRIC, "healthMask": 1 << 4}), FAIL, "route unhealthy"),
             one(FABRIC_INFO, value({"state": 3}), UNKNOWN, "fabric"),
+        ]
+    ),
+    # open-gpu-kernel-modules, src/common/nvswitch/kernel/error_nvswitch.c; numbers of the fabric manager user guide.
+    "nvlink.sxid": Case(
+        [
+            log(f"{SXID} 20034, Fatal, Link 30 LTSSM Fault Up", FAIL, "SXid 20034 on 0000:85:00.0 link 30"),
+            log(
+                f"{SXID} 23001, Fatal, Link 12 ingress SRC-VC buffer overflow",
+                FAIL,
+                "fatal to the whole fabric",
+            ),
+            log(f"{SXID} 12028, Non-fatal, Link 32 egress non-posted PRIV error (First)", FAIL, "SXid 12028"),
+            log(
+                f"{SXID} 20009, Non-fatal, Link 04 RX Short Error Rate",
+                WARN,
+                "SXid 20009 on 0000:85:00.0 link 4",
+            ),
+            log(f"{SXID} 20034, Severity 1 Engine instance 30 Sub-engine instance 00", FAIL, "SXid 20034"),
+            log(f"{SXID} 29999, Data {{0x50610002, 0x10100030}}", UNKNOWN, "neither fatal nor non-fatal"),
+            log(f"{SXID} garbled", UNKNOWN, "garbled"),
+        ]
+    ),
+    # drivers/pci/pcie/aer.c and dpc.c; more forms of each are in test_aer.py.
+    "pcie.aer": Case(
+        [
+            log(
+                f"{ADAPTER} AER: PCIe Bus Error: severity=Uncorrected (Fatal), type=Data Link Layer, (Receiver ID)",
+                FAIL,
+                "0000:1a:00.0: 1 uncorrectable errors (fatal)",
+            ),
+            log(
+                f"{ADAPTER} AER: PCIe Bus Error: severity=Uncorrectable (Non-Fatal), type=Transaction Layer, "
+                "(Requester ID)",
+                FAIL,
+                "(non-fatal)",
+            ),
+            log(
+                f"{ADAPTER} PCIe Bus Error: severity=Corrected, type=Physical Layer, (Receiver ID)",
+                WARN,
+                "0000:1a:00.0: 1 corrected errors",
+            ),
+            log(
+                "[ 9.1] pcieport 0000:17:00.0: DPC: containment event, status:0x1f01 source:0x0000",
+                FAIL,
+                "0000:17:00.0: 1 uncorrectable",
+            ),
+            log(
+                "[ 9.1] nvme 0000:f0:00.0: AER: PCIe Bus Error: severity=Uncorrected (Fatal), type=Inaccessible, "
+                "(Unregistered Agent ID)",
+                WARN,
+                "0000:f0:00.0: 1 uncorrectable errors (fatal), which is on no way",
+            ),
+            log(f"{ADAPTER} AER: PCIe Bus Error: severity=Strange", UNKNOWN, "severity=Strange"),
+            one(f"read {PCI}/0000:1a:00.0/aer_dev_fatal", "DLP 1\nTOTAL_ERR_FATAL 1\n", FAIL, "(fatal)"),
+            one(
+                f"read {PCI}/0000:1a:00.0/aer_dev_nonfatal",
+                "DLP 1\nTOTAL_ERR_NONFATAL 2\n",
+                FAIL,
+                "0000:1a:00.0: 2 uncorrectable errors (non-fatal)",
+            ),
+            one(
+                f"read {PCI}/0000:17:01.0/aer_dev_correctable @1",
+                "RxErr 7\nTOTAL_ERR_COR 7\n",
+                WARN,
+                "0000:17:01.0: 7 corrected errors, 7 of them while it was watched",
+            ),
+            one(f"read {PCI}/0000:17:01.0/aer_dev_correctable @1", "RxErr 7\n", UNKNOWN, "no TOTAL_ERR"),
         ]
     ),
     "pcie.gpu": Case(

@@ -48,6 +48,8 @@ OTHERS: dict[str, Case] = {
         [
             one(f"read {PORT}/rate", "200 Gb/sec (4X HDR)\n", FAIL, "200 Gb/s, others of its kind 400"),
             one(f"read {PORT}/rate", "fast\n", UNKNOWN, "fast"),
+            one(f"read {PORT}/rate", "nan Gb/sec\n", UNKNOWN, "no rate"),
+            one(f"read {PORT}/rate", "0 Gb/sec (4X)\n", UNKNOWN, "no rate"),
         ]
     ),
     "rdma.counters": Case(

@@ -155,6 +155,12 @@ def _pci(fabric: str) -> dict[str, Record]:
             "max_link_width": "16",
         }
         found |= {f"read {folder}/{address}/{name}": value(text + "\n") for name, text in files.items()}
+        # drivers/pci/pcie/aer.c, aer_stats_dev_attr: a line for each kind of error, then their sum.
+        aer = {"correctable": "RxErr 0\nBadTLP 0\nTOTAL_ERR_COR 0\n", "fatal": "DLP 0\nTOTAL_ERR_FATAL 0\n"}
+        aer["nonfatal"] = aer["fatal"].replace("FATAL", "NONFATAL")
+        for severity, text in aer.items():
+            found[f"read {folder}/{address}/aer_dev_{severity}"] = value(text)
+        found[f"read {folder}/{address}/aer_dev_correctable @1"] = value(aer["correctable"])
         path = "/".join(["/sys/devices/pci0000:15", *parents, address])
         driver = {"0x10de": "nvidia", "0x15b3": "mlx5_core", "0x1d0f": "efa"}.get(vendor, "pcieport")
         found[f"link {folder}/{address}"] = value(path)

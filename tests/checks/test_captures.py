@@ -74,8 +74,8 @@ def test_one_file_of_the_tree_changes_the_verdict(
 
 
 def test_the_six_bridges_with_acs_on_are_named() -> None:
-    (result,) = judged([found("lspci-vvv-*")]).values()
-    assert (result.check, result.verdict) == ("pcie.acs", Verdict.WARN)
+    result = judged([found("lspci-vvv-*")])["pcie.acs"]
+    assert result.verdict is Verdict.WARN
     assert result.read.split(": ", 1) == [
         "on at 6 bridges",
         "0000:00:0c.0 0000:00:0e.0 0000:82:00.0 0000:82:01.0 0000:82:02.0 0000:82:03.0",
@@ -85,8 +85,36 @@ def test_the_six_bridges_with_acs_on_are_named() -> None:
 def test_without_acs_the_same_machine_passes(tmp_path: Path) -> None:
     text = found("lspci-vvv-*").read_text()
     (tmp_path / "lspci.txt").write_text(text.replace("ACSCtl:\tSrcValid+", "ACSCtl:\tSrcValid-"))
-    (result,) = judged([tmp_path / "lspci.txt"]).values()
-    assert result.verdict is Verdict.PASS
+    assert judged([tmp_path / "lspci.txt"])["pcie.acs"].verdict is Verdict.PASS
+
+
+def test_every_link_to_its_gpus_and_adapters_is_at_its_best() -> None:
+    """Others are not: those of disks, and of the switch above the NVSwitches."""
+    text = found("lspci-vvv-*").read_text()
+    assert "(downgraded)" in text
+    result = judged([found("lspci-vvv-*")])["pcie.path"]
+    assert (result.verdict, result.read) == (Verdict.PASS, "20 devices at their best")
+
+
+@pytest.mark.parametrize(
+    ("device", "line", "says"),
+    [
+        ("9b:00.0 3D controller", "Speed 32GT/s (ok), Width x8 (downgraded)", "0000:9b:00.0: width 8 of 16"),
+        (
+            "9c:00.0 Ethernet controller",
+            "Speed 16GT/s (downgraded), Width x16 (ok)",
+            "0000:9c:00.0: 16 of 32 GT/s",
+        ),
+        ("98:00.0 PCI bridge", "Speed 32GT/s, Width x8", "0000:98:00.0: width 8 of 16"),
+    ],
+)
+def test_a_link_below_its_best_is_named(tmp_path: Path, device: str, line: str, says: str) -> None:
+    before, head, after = found("lspci-vvv-*").read_text().partition(f"\n{device}")
+    assert head
+    healthy = "LnkSta:\tSpeed 32GT/s (ok), Width x16 (ok)"
+    (tmp_path / "lspci.txt").write_text(before + head + after.replace(healthy, f"LnkSta:\t{line}", 1))
+    result = judged([tmp_path / "lspci.txt"])["pcie.path"]
+    assert (result.verdict, says in result.read) == (Verdict.FAIL, True), result
 
 
 def test_xid_119_asks_for_a_reset_of_that_gpu() -> None:

@@ -13,7 +13,7 @@ from checks.collect_gpu import kernel_address
 from checks.evidence import Recorded
 from checks.expectations import Expectations
 from checks.facts import Acs, Gpus
-from checks.kernel_log import fatal_sxids, limited_links, xids
+from checks.kernel_log import limited_links, xids
 from checks.lspci import parse_lspci
 from checks.reading import Problem, Unread
 from tests.checks.nodes import LSPCI
@@ -62,13 +62,6 @@ def test_repeated_errors_are_counted_and_different_gpus_kept_apart() -> None:
     assert [(one.address, one.count) for one in xids(log)] == [("0000:9b:00", 2), ("0000:3b:00", 1)]
 
 
-def test_only_fatal_errors_of_switches_count() -> None:
-    # linux_nvswitch.c: "Non-fatal" is what most of them are.
-    log = "nvidia-nvswitch0: SXid (PCI:0000:85:00.0): 22013, Non-fatal, Link 02\n"
-    assert fatal_sxids(log) == []
-    assert fatal_sxids(log.replace("Non-fatal", "Fatal")) == ["0000:85:00.0: SXid 22013"]
-
-
 def test_a_link_at_full_speed_is_not_limited() -> None:
     # drivers/pci/pci.c prints "%u.%03u Gb/s available PCIe bandwidth (%s x%d link)" for it.
     full = "mlx5_core 0000:1a:00.0: 504.112 Gb/s available PCIe bandwidth (32.0 GT/s PCIe x16 link)\n"
@@ -102,6 +95,13 @@ def test_output_without_capabilities_is_no_answer() -> None:
     found = parse_lspci("17:00.0 PCI bridge: Broadcom / LSI PEX890xx (rev b0)\n")
     assert isinstance(found, Unread)
     assert "was it lspci -vvv?" in found.detail
+
+
+def test_names_alone_tell_nothing_of_links(tmp_path: Path) -> None:
+    (tmp_path / "lspci").write_text(
+        "0001:00:00.0 3D controller [0302]: NVIDIA Corporation GA100 [10de:20b2] (rev a1)\n"
+    )
+    assert list(imported([tmp_path / "lspci"]).records) == ["run lspci -vvv"]
 
 
 def test_output_without_devices_is_an_error() -> None:
@@ -254,6 +254,15 @@ def test_an_inactive_link_is_down() -> None:
 
 
 # --- folders ----------------------------------------------------------------------------------------------
+
+
+def test_what_else_lies_in_a_copied_folder_is_no_device(tmp_path: Path) -> None:
+    port = tmp_path / "mlx5_0" / "ports" / "1"
+    port.mkdir(parents=True)
+    (port / "state").write_text("4: ACTIVE\n")
+    (tmp_path / "README").write_text("copied on Monday\n")
+    (tmp_path / ".DS_Store").write_text("")
+    assert imported([tmp_path]).records["list /sys/class/infiniband"] == {"value": ["mlx5_0"]}
 
 
 def test_a_captured_root_is_read_by_the_collectors(tmp_path: Path) -> None:

@@ -125,6 +125,11 @@ def test_the_last_recovery_action_of_a_gpu_counts(tmp_path: Path) -> None:
         "[  +0.000003] {}",
         "2025-02-23T16:24:18,283302+00:00 {}",
         "Feb 14 05:03:41 gpu-1 kernel: {}",
+        "Feb 14 05:03:41 gpu-1 kernel[0]: {}",
+        # dmesg -T in other languages (strftime %a %b), and a terminal's text with its prompt.
+        "[ven. août 30 11:43:12 2024] {}",
+        "[金  8月 30 11:43:12 2024] {}",
+        "root@gpu-1:~# dmesg -T | grep -i xid\n[Fri Aug 30 11:43:12 2024] {}\nroot@gpu-1:~#",
         "2025-02-23T16:24:18+0000 gpu-1 kernel: {}",
         "\x1b[32m[   12.345678] \x1b[0m\x1b[33m{}",
     ],
@@ -132,8 +137,9 @@ def test_the_last_recovery_action_of_a_gpu_counts(tmp_path: Path) -> None:
 def test_a_log_of_any_time_format_is_read(tmp_path: Path, line: str) -> None:
     others = "Feb 14 05:03:41 gpu-1 systemd[1]: Started systemd-journald.service - Journal Service.\r\n" * 3
     message = "NVRM: \x1b[0mXid (PCI:0000:9b:00): 79, pid=1, name=x, GPU has fallen off the bus."
-    result = judged(tmp_path, others + line.format(message) + "\r\n")["gpu.xid"]
-    assert result.read == "Xid 79 on 0000:9b:00"
+    for before in (others, ""):
+        result = judged(tmp_path, before + line.format(message) + "\r\n")["gpu.xid"]
+        assert result.read == "Xid 79 on 0000:9b:00"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +207,41 @@ def test_links_that_nobody_has_or_tells_of_are_not_missed(
     results = judged(tmp_path, "".join(gpu(index, name, links) for index in range(count)))
     assert (results["gpu.count"].verdict, results["gpu.count"].read) == (PASS, f"{count} × {name}")
     assert "nvlink.links" not in results
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "speed", "verdict", "says"),
+    [
+        # nvidia-smi nvlink -s of a B300 and an A800 (8 links are what export rules leave of an A100's 12).
+        ("NVIDIA B200", 18, 53.125, PASS, "all up"),
+        ("NVIDIA B300 SXM6 AC", 18, 53.125, PASS, "all up"),
+        ("NVIDIA B200", 17, 53.125, FAIL, "17 of 18 links up"),
+        ("NVIDIA B200", 18, 26.562, FAIL, "26.562 GB/s"),
+        ("NVIDIA A800-SXM4-80GB", 8, 25, PASS, "all up"),
+    ],
+)
+def test_links_of_other_kinds(
+    tmp_path: Path, name: str, count: int, speed: float, verdict: Verdict, says: str
+) -> None:
+    rows = "".join(f"\t Link {number}: {speed} GB/s\n" for number in range(count))
+    result = judged(tmp_path, gpu(0, name, rows) + gpu(1, name, rows))["nvlink.links"]
+    assert (result.verdict, says in result.read) == (verdict, True), result
+
+
+def test_a_card_that_shows_fewer_links_than_its_like_has_lost_some(tmp_path: Path) -> None:
+    """Where the output is cut off, or of a kind whose number of links nobody told us."""
+    name, row = "NVIDIA A800-SXM4-80GB", "\t Link {}: 25 GB/s\n"
+    whole = "".join(row.format(number) for number in range(8))
+    result = judged(tmp_path, gpu(0, name, whole) + gpu(1, name, whole[: -len(row)]))["nvlink.links"]
+    assert (result.verdict, result.read) == (FAIL, "GPU 1: 7 of 8 links up")
+
+
+def test_a_gpu_in_mig_mode_beside_others_has_no_links_to_miss(tmp_path: Path) -> None:
+    """nvidia_gpu_exporter's capture of an H100 in MIG mode, driver 590."""
+    name, rows = "NVIDIA H100 80GB HBM3", "".join(f"\t Link {number}: 26.562 GB/s\n" for number in range(18))
+    mig = gpu(1, name, "Nvlink queries are not supported for Devices in MIG mode\n")
+    result = judged(tmp_path, gpu(0, name, rows) + mig)["nvlink.links"]
+    assert (result.verdict, result.read) == (PASS, "all up on 1 GPUs")
 
 
 def test_links_that_all_gpus_of_a_node_have_lost_are_missed(tmp_path: Path) -> None:
@@ -273,7 +314,10 @@ def test_a_healthy_gpu_of_a_rack_passes(tmp_path: Path) -> None:
         ("Access Timeout Recovery", "True", "nvlink.fabric", FAIL, "access timeout"),
         ("Incorrect Configuration", "Insufficient Nvlink Resources", "nvlink.fabric", FAIL, "configuration"),
         ("Incorrect Configuration", "Something New", "nvlink.fabric", UNKNOWN, "something new"),
-        ("Attached GPUs", "8", "gpu.count", UNKNOWN, "counts 8 GPUs, and tells nothing of this one"),
+        ("Attached GPUs", "999999999", "gpu.count", UNKNOWN, "more than there can be"),
+        ("Product Name", "[GPU requires reset]", "gpu.bus", FAIL, "reset required"),
+        ("Product Name", "ERR!", "gpu.count", UNKNOWN, "ERR!"),
+        ("Attached GPUs", "8", "gpu.count", UNKNOWN, "up to number 7, and nothing is told of this one"),
     ],
 )
 def test_one_value_of_the_query_changes_the_verdict(
@@ -297,7 +341,7 @@ def test_one_value_of_the_query_changes_the_verdict(
         ("Failed to initialize NVML: Driver/library version mismatch\n", "version mismatch"),
         (gpu(0, "NVIDIA A100-SXM4-80GB", UP) + "Unable to determine the device handle for GPU0000:CB:00.0: Unknown "
          "Error\n", "GPU0000:CB:00.0"),
-        (gpu(0, "NVIDIA A100-SXM4-80GB", UP) + gpu(2, "NVIDIA A100-SXM4-80GB", UP), "tells nothing of this one"),
+        (gpu(0, "NVIDIA A100-SXM4-80GB", UP) + gpu(2, "NVIDIA A100-SXM4-80GB", UP), "nothing is told of this one"),
     ],
 )  # fmt: skip
 def test_a_gpu_that_does_not_answer_nvidia_smi_is_not_passed_over(
@@ -305,6 +349,30 @@ def test_a_gpu_that_does_not_answer_nvidia_smi_is_not_passed_over(
 ) -> None:
     result = judged(tmp_path, text)["gpu.count"]
     assert (result.verdict, says in result.read) == (UNKNOWN, True), result
+
+
+def test_a_query_that_breaks_off_is_no_pass_wherever_it_does(tmp_path: Path) -> None:
+    """Of the last GPU's values some are not there: not because this driver does not tell them."""
+    rows = QUERY.replace("Attached GPUs                             : 1", "Attached GPUs : 2").splitlines(
+        True
+    )
+    first = next(number for number, row in enumerate(rows) if row.startswith("GPU "))
+    for whole in (rows, [*rows, *rows[first:]]):
+        text = whole if len(whole) > len(rows) else [row.replace("GPUs : 2", "GPUs : 1") for row in whole]
+        assert {one.verdict for one in judged(tmp_path, "".join(text)).values()} == {PASS}
+        for end in range(first + 1 if whole is rows else len(rows) + 1, len(whole)):
+            results = judged(tmp_path, "".join(text[:end]))
+            assert UNKNOWN in {one.verdict for one in results.values()}, text[end - 1]
+
+
+def test_of_a_part_of_the_query_the_last_gpu_has_what_the_first_has(tmp_path: Path) -> None:
+    """`nvidia-smi -q -d ECC,PERFORMANCE`: no name and no processes by which its end could be seen."""
+    head, _, body = QUERY.partition("GPU 00000000:9B:00.0\n")
+    part = body[body.index("    Clocks Event Reasons") : body.index("    Fabric")]
+    text = head.replace(": 1\n", ": 2\n") + f"GPU 00000000:1B:00.0\n{part}GPU 00000000:9B:00.0\n"
+    assert {one.verdict for one in judged(tmp_path, text + part).values()} == {PASS}
+    cut = judged(tmp_path, text + part[: part.index("    ECC Errors")])
+    assert (cut["gpu.repair"].verdict, cut["gpu.throttle"].verdict) == (UNKNOWN, PASS)
 
 
 def test_a_query_without_a_gpu_is_no_capture(tmp_path: Path) -> None:

@@ -143,7 +143,10 @@ def test_plain_network_cards_of_the_same_makers_are_no_sign_of_rdma() -> None:
 def test_only_efa_devices_count_as_rails_of_efa() -> None:
     expected = Expectations(gpus=2, fabric="efa", rails=2)
     assert judged({}, expected, "efa")["rdma.devices"].verdict is Verdict.PASS
-    other = {"link /sys/class/infiniband/rdmap1s6/device/driver": value("/sys/bus/pci/drivers/mlx5_core")}
+    driver = "link /sys/class/infiniband/rdmap1s6/device/driver"
+    hidden = {driver: problem("timed out")}
+    assert judged(hidden, expected, "efa")["rdma.devices"].verdict is Verdict.UNKNOWN
+    other = {driver: value("/sys/bus/pci/drivers/mlx5_core")}
     assert judged(other, expected, "efa")["rdma.devices"].verdict is Verdict.FAIL
 
 
@@ -151,6 +154,30 @@ def test_roce_ports_of_an_infiniband_node_are_not_judged_where_nobody_said() -> 
     storage = {"read /sys/class/infiniband/mlx5_1/ports/1/link_layer": value("Ethernet\n")}
     assert "roce.gid" not in judged(storage, Expectations(gpus=2))
     assert judged(storage, Expectations(gpus=2, fabric="roce"))["roce.gid"].verdict is Verdict.FAIL
+
+
+def test_a_virtual_function_has_no_link_of_its_own() -> None:
+    """SR-IOV 1.1, 3.5: the link status of a virtual function is reserved, so sysfs says `0` and `Unknown`."""
+    folder = f"/sys/bus/pci/devices/{ADAPTERS[0]}"
+    none = {f"read {folder}/current_link_width": value("0\n")}
+    both = {**none, f"read {folder}/current_link_speed": value("Unknown\n")}
+    assert judged(both, Expectations(gpus=2))["pcie.path"].verdict is Verdict.PASS
+    assert judged(none, Expectations(gpus=2))["pcie.path"].verdict is Verdict.FAIL
+
+
+def test_a_link_that_its_slot_or_nobody_explains_is_a_warning() -> None:
+    folder = "/sys/bus/pci/devices"
+    narrow = {f"read {folder}/0000:17:00.0/max_link_width": value("8\n")}
+    narrow[f"read {folder}/{GPUS[0]}/current_link_width"] = value("8\n")
+    result = judged(narrow, Expectations(gpus=2))["pcie.path"]
+    assert (result.verdict, result.read) == (
+        Verdict.WARN,
+        "0000:19:00.0: width 8 of 16, its slot has no more",
+    )
+    alone = {f"link {folder}/{GPUS[0]}": value(f"/sys/devices/pci0000:00/{GPUS[0]}")}
+    alone[f"read {folder}/{GPUS[0]}/current_link_width"] = value("8\n")
+    result = judged(alone, Expectations(gpus=2))["pcie.path"]
+    assert (result.verdict, "what is above it is not known" in result.read) == (Verdict.WARN, True)
 
 
 def test_one_lane_is_too_few_on_infiniband_alone() -> None:
@@ -166,6 +193,17 @@ def test_a_port_that_is_down_is_another_jobs_where_enough_rails_are_up() -> None
     assert judged(down, Expectations(gpus=2, rails=1))["rdma.port"].verdict is Verdict.WARN
     assert judged(down, Expectations(gpus=2, rails=2))["rdma.port"].verdict is Verdict.FAIL
     assert judged(down, Expectations(gpus=2))["rdma.port"].verdict is Verdict.FAIL
+
+
+def test_a_slower_port_is_storages_where_enough_rails_are_fast_or_named() -> None:
+    slow = {"read /sys/class/infiniband/mlx5_1/ports/1/rate": value("200 Gb/sec (4X HDR)\n")}
+    assert judged(slow, Expectations(gpus=2))["rdma.rate"].verdict is Verdict.FAIL
+    assert judged(slow, Expectations(gpus=2, rails=2))["rdma.rate"].verdict is Verdict.FAIL
+    assert judged(slow, Expectations(gpus=2, rails=1))["rdma.rate"].verdict is Verdict.WARN
+    variables = next(key for key in healthy() if key.startswith("environment "))
+    for named, verdict in (("=mlx5_0", Verdict.WARN), ("=mlx5_0,mlx5_1", Verdict.FAIL)):
+        changes = {**slow, variables: value({"NCCL_IB_HCA": named})}
+        assert judged(changes, Expectations(gpus=2))["rdma.rate"].verdict is verdict
 
 
 def test_another_fabrics_ports_are_not_judged() -> None:
@@ -195,9 +233,11 @@ def test_what_mig_mode_holds_and_hides_is_no_failure() -> None:
     changes = {key_of("nvml", ["nvmlDeviceGetMemoryInfo", 1]): value({"total": 1 << 36, "used": 59 << 20})}
     changes |= {key_of("nvml", ["nvmlDeviceGetRemappedRows", 1]): problem("unsupported")}
     mig = {key_of("nvml", ["nvmlDeviceGetMigMode", 1]): value([1, 1])}
+    changes |= {"nvml_field 1 91 1": value([problem("unsupported")])}
     plain, in_mig = judged(changes, Expectations(gpus=2)), judged({**changes, **mig}, Expectations(gpus=2))
     assert (plain["gpu.memory"].verdict, in_mig["gpu.memory"].verdict) == (Verdict.FAIL, Verdict.PASS)
     assert (plain["gpu.remap"].verdict, in_mig["gpu.remap"].verdict) == (Verdict.UNKNOWN, Verdict.WARN)
+    assert (plain["nvlink.links"].verdict, in_mig["nvlink.links"].verdict) == (Verdict.UNKNOWN, Verdict.PASS)
 
 
 @pytest.mark.parametrize(
