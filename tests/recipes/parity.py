@@ -249,7 +249,7 @@ def _run(case: Case, folder: Path, world: World) -> Outcome:
             technique.recall(progress.technique)
         drawn = torch.rand(3).tolist()
     time_of_its_own = OwnTime(technique.model, world.device)
-    for step in range(progress.step + 1, STEPS + 1):
+    for step in range(progress.step + 1, plan.args.steps + 1):
         loss, grad_norm = optimizer_step(plan, technique, step, time_of_its_own)
         results.append((loss.item(), grad_norm.item()))
         if case.save and step == (SAVED_AGAIN_AT if case.load else SAVED_AT):
