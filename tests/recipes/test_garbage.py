@@ -22,6 +22,7 @@ said["imported"] = len(gc.get_objects())
 with alone("cpu"):
     said["in the recipe"] = gc.get_threshold()
     said["alive in the recipe"] = len(gc.get_objects())
+    kept = [[number] for number in range(100_000)]
 """
 
 
