@@ -10,8 +10,10 @@ number of ranks comparable with the links' speed.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import fcntl
+import gc
 import itertools
 import json
 import os
@@ -52,6 +54,8 @@ COLLECTIVES: dict[str, tuple[Collective, Callable[[int], float]]] = {
 
 
 def main() -> None:
+    # At its end Python looks for garbage in all that torch has made, half a second long; but not in what is frozen.
+    atexit.register(gc.freeze)
     task = json.loads(sys.argv[1])
     local = int(task["local_rank"])
     kind = "cuda" if task["gpus"] else "cpu"

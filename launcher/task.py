@@ -28,6 +28,7 @@ from typing import Any
 
 from launcher import node_environment, rendezvous, witness
 from launcher.outcome import STOPPED_EXIT
+from recipes.lib.garbage import spare_imports
 
 ENDPOINT_FILE = "rendezvous/endpoint.json"
 """In a folder of its own: waiting ranks list it, and the attempt's folder holds a log of each of them."""
@@ -39,6 +40,7 @@ RENDEZVOUS_SECONDS = 300.0
 def main(argv: Sequence[str] | None = None) -> None:
     options, recipe = _parse(sys.argv[1:] if argv is None else argv)
     faulthandler.enable()
+    spare_imports()  # torch comes next, also in an agent and for a recipe from elsewhere
     if options.mode != "worker":  # a worker inherits its agent's
         node_environment.apply(options.attempt_dir, os.environ)
     if options.mode == "agent":

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from recipes.lib.garbage import imports_are_done
 from recipes.lib.stopping import Stopped
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -69,6 +70,7 @@ def joined(device: str = "auto") -> Iterator[World]:
     this process alone and needs no address. Raises LaunchError where ranks are missing their variables or a
     GPU.
     """
+    imports_are_done()
     world = world_from_environment(os.environ, device)
     _start_process_group(world)
     patient, background = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
@@ -88,6 +90,7 @@ def joined(device: str = "auto") -> Iterator[World]:
 @contextmanager
 def alone(device: str = "auto") -> Iterator[World]:
     """A world of one without torch.distributed. Raises LaunchError where more than one rank was started."""
+    imports_are_done()
     world = world_from_environment(os.environ, device)
     if world.size > 1:
         raise LaunchError(f"WORLD_SIZE={world.size}: this recipe runs on one device; start one task")

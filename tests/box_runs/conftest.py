@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from launcher import box as box_module
 from tests.box_runs.conformance import check, losses_by_step, start
@@ -39,19 +41,19 @@ def own_box(launcher: Launcher) -> Iterator[tuple[Launcher, box_module.Box]]:
         box_module.down(name)
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, dict[int, float]]:
-    """What `undisturbed` keeps between the tests."""
-    return {}
-
-
 @pytest.fixture
-def undisturbed(launcher: Launcher, tmp_path: Path, found: dict[str, dict[int, float]]) -> dict[int, float]:
-    """The losses of the recipe on two nodes when nothing happens."""
-    if not found:
-        started = start(launcher, tmp_path / "undisturbed")
-        assert ended(started.run)["cause"] == "done"
-        found["losses"] = losses_by_step(started.run)
-        with pytest.raises(AssertionError, match="nothing ended the run"):
-            check(started, found["losses"], ["done"])
-    return found["losses"]
+def undisturbed(
+    launcher: Launcher, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, float]:
+    """The losses of the recipe on two nodes when nothing happens: of one run, for all files and workers."""
+    base = tmp_path_factory.getbasetemp()
+    file = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "undisturbed.json"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            started = start(launcher, tmp_path / "undisturbed")
+            assert ended(started.run)["cause"] == "done"
+            losses = losses_by_step(started.run)
+            with pytest.raises(AssertionError, match="nothing ended the run"):
+                check(started, losses, ["done"])
+            file.write_text(json.dumps(losses))
+    return {int(step): loss for step, loss in json.loads(file.read_text()).items()}

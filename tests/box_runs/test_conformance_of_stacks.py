@@ -94,6 +94,12 @@ class Starter:
         return self.found[name]
 
 
+@pytest.fixture(scope="module")
+def found() -> dict[str, Losses]:
+    """What `Starter.undisturbed` keeps between the tests."""
+    return {}
+
+
 @pytest.fixture
 def starter(launcher: Launcher, tmp_path: Path, found: dict[str, Losses]) -> Starter:
     return Starter(launcher, tmp_path, found)

@@ -54,6 +54,7 @@ def main() -> None:
                 args = {
                     "batch_size": 8,
                     "microbatch_size": 2,
+                    "steps": 6,
                     "log_every": 6,
                     "save_every": 3,
                     "dtype": "float32",

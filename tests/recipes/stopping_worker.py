@@ -29,6 +29,7 @@ from recipes.lib.stopping import OF_THIS_PROCESS, STOP_FILE, StopFlag, Stopped
 from recipes.lib.training import Plan, Technique, train
 from tests.recipes.parity import Case, build, plan_for
 
+STEPS = 6
 STOPPED_IN = 3
 
 
@@ -81,7 +82,7 @@ def run(
     """One attempt of the run `name`; how it ended."""
     os.environ["ATTEMPT_DIR"] = str(folder / name / "attempt")
     (folder / name / "attempt").mkdir(parents=True, exist_ok=True)
-    case = Case(name, technique, world.size, args={"batch_size": 6, "save_every": save_every})
+    case = Case(name, technique, world.size, args={"batch_size": 6, "steps": STEPS, "save_every": save_every})
     plan: Plan = plan_for(case, folder, world)
     found, passed_over = checkpoint.newest(plan.run_directory, world)
     assert passed_over == []

@@ -18,8 +18,8 @@ from launcher import task
 from launcher.rendezvous import Rank
 from recipes.lib.arguments import ArgumentError
 from recipes.lib.stopping import STOP_FILE, STOPPED_EXIT, StopFlag, Stopped
-from tests.recipes.parity import STEPS, make_data
-from tests.recipes.stopping_worker import STOPPED_IN
+from tests.recipes.parity import make_data
+from tests.recipes.stopping_worker import STEPS, STOPPED_IN
 from tests.recipes.test_training import metrics_of, start
 
 RANKS = 2
