@@ -71,8 +71,8 @@ SIZE = ModelSize(
 SIZE_ON_GPUS = dataclasses.replace(SIZE, width=256, ffn_width=480)
 """Heads as wide as cuDNN's and FlashAttention's kernels want them."""
 SEQUENCE_LENGTH = 24
-STEPS = 4
-"""The loss of the third is the first to show AdamW's moments as a resumed run has them; one more shows the decay."""
+STEPS = 5
+"""A resumed run does three: the first loss to show AdamW's moments as it read them is its second."""
 SAVED_AT = 2
 SAVED_AGAIN_AT = 3
 """By a case that itself began with a checkpoint."""

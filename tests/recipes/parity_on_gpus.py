@@ -6,7 +6,7 @@
 
 On fewer GPUs than ranks these share them, each as a host of its own, over NCCL's sockets.
 
-Printed is the largest relative difference of the loss and of the gradient's norm over six steps, by technique. Exit
+Printed is the largest relative difference of the loss and of the gradient's norm over five steps, by technique. Exit
 status 1 where one is above its bound. The bounds were set before the first measurement: float32 as on the CPU, times
 ten, for a GPU chooses another kernel, and so another order of summation, for another shape; bfloat16 as its eight bits
 allow, against the same GPU in bfloat16 and in float32 (on a CPU up to 5.2e-2 of the norm was seen).
