@@ -1,6 +1,6 @@
 """Data and tensor parallelism by hand, and by DTensor, train exactly as one process does.
 
-As in test_parity.py: losses and gradient norms over six steps, with accumulation, uneven numbers of tokens and a
+As in test_parity.py: losses and gradient norms over five steps, with accumulation, uneven numbers of tokens and a
 vocabulary that no number of ranks divides, on two and four ranks over gloo.
 """
 
