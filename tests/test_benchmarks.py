@@ -48,19 +48,22 @@ AGAINST_TORCHTITAN = "llama_8b_against_torchtitan_2026-11-21"
 
 
 @pytest.mark.parametrize(
-    ("folder", "files", "sequence"),
+    ("folder", "files", "model", "sequence"),
     [
-        ("llama_8b_h200_2026-11-21", "*", 4096),
-        (AGAINST_TORCHTITAN, "4k_*", 4096),
-        (AGAINST_TORCHTITAN, "8k_*", 8192),
-        ("planner_h200_2026-11-21", "8b_*_8k", 8192),
+        ("llama_8b_h200_2026-11-21", "*", "llama_8b", 4096),
+        (AGAINST_TORCHTITAN, "4k_*", "llama_8b", 4096),
+        (AGAINST_TORCHTITAN, "8k_*", "llama_8b", 8192),
+        ("planner_h200_2026-11-21", "8b_*_8k", "llama_8b", 8192),
+        ("one_gpu_h200_2026-11-22", "*", "llama_1b", 4096),
     ],
 )
-def test_raw_metrics_hold_the_mfu_that_follows_from_them(folder: str, files: str, sequence: int) -> None:
-    """Every line of the committed metrics of Llama-3-8B in bfloat16 on H200s."""
+def test_raw_metrics_hold_the_mfu_that_follows_from_them(
+    folder: str, files: str, model: str, sequence: int
+) -> None:
+    """Every line of the committed metrics in bfloat16 on H200s."""
     peak = peak_flops("H200")
     assert peak is not None
-    flops = flops_per_token(SIZES["llama_8b"], sequence)
+    flops = flops_per_token(SIZES[model], sequence)
     found = sorted((ROOT / "benchmarks" / folder).glob(f"{files}.jsonl"))
     assert len(found) > 1
     for path in found:

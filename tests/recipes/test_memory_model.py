@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from recipes.ch2.predictions import MEASURED, MEASURED_ONES, measured, predict
+from recipes.ch2.predictions import MEASURED, MEASURED_ONES, TO_MEASURE, measured, predict
 from recipes.lib import layer_memory, model
 from recipes.lib.calibration import CALIBRATION, GIB
 from recipes.lib.memory_model import predict_memory
@@ -80,6 +80,12 @@ def test_what_was_measured_on_h200s_comes_out(run: object) -> None:
     memory, seconds = measured(MEASURED / f"{one['name']}.jsonl", one["tokens_per_step"], one["gpus"])
     assert one["memory_gib"] == pytest.approx(memory, rel=1e-3)
     assert one["step_seconds"] == pytest.approx(seconds, rel=0.03)
+
+
+def test_ddp_has_one_set_of_buckets_and_what_autocast_holds() -> None:
+    """As measured on an H200 once the first buckets were let go of (benchmarks/one_gpu_h200_2026-11-22.md)."""
+    (run,) = (run for run in TO_MEASURE if run.name == "1b_1gpu_ddp_none")
+    assert predict(run)["memory_gib"] == pytest.approx(44.588, rel=1e-3)
 
 
 @pytest.mark.parametrize(
