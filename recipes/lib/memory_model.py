@@ -183,8 +183,8 @@ class _Whole:
         rounded = (
             multiplied * number if rounds and work.checkpointing == "none" and not work.compiled else 0.0
         )
-        # Recomputed or compiled, a layer's are made anew; but autocast holds the forward pass's until its end, where the
-        # head is (1.81 GiB of layers for llama_1b on an H200, compiled and recomputed alike).
+        # Recomputed or compiled, a layer's are made anew; but autocast holds the forward pass's until its end, where
+        # the head is (1.81 GiB of layers for llama_1b on an H200, compiled and recomputed alike).
         held = multiplied * number * rounds
         head = stage.vocabulary * work.size.width
 
