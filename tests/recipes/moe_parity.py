@@ -58,7 +58,7 @@ class PlainMixture(nn.Module):
         """First choices in their order, then second ones, until an expert is full."""
         tokens, experts = choices[0].shape
         room = -(-tokens * self.args.capacity_factor * len(choices) // experts)
-        places, before_E = [], torch.zeros(experts, dtype=torch.long)
+        places, before_E = [], torch.zeros(experts, dtype=torch.long, device=choices[0].device)
         for choice_TE in choices:
             place_TE = choice_TE.cumsum(0) - 1 + before_E
             places.append(choice_TE * (place_TE < room))
@@ -84,7 +84,7 @@ class Plain:
         return cls(model, build_optimizer(model, args), args)
 
     def accumulate_gradients(self, microbatches: Sequence[Microbatch], token_count: Tensor) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=token_count.device)
         for tokens_BS, targets_BS in microbatches:
             loss = self.model(tokens_BS, targets_BS)
             balance = sum(layer.mlp.balance for layer in self.model.layers)
