@@ -194,10 +194,13 @@ def test_the_newest_manifest_is_missing(run: runs.Run, tmp_path: Path) -> None:
         path: content for path, content in before.items() if path not in grown
     }
     assert all(after[path].startswith(before[path]) for path in grown)
-    event = json.loads((run.path / "checkpoints.jsonl").read_text().splitlines()[-1])
-    assert (event["event"], event["step"], event["attempt"], event["reason"]) == (
+    lines = (run.path / "checkpoints.jsonl").read_text().splitlines()[-2:]
+    passed_over, loaded = map(json.loads, lines)
+    assert (passed_over["event"], passed_over["step"], passed_over["attempt"], passed_over["reason"]) == (
         "passed_over", 4, 2, "manifest.json is missing",
     )  # fmt: skip
+    assert (loaded["event"], loaded["step"], loaded["attempt"]) == ("loaded", 2, 2)
+    assert loaded["seconds_reading"] > 0
 
 
 def test_every_manifest_is_missing(run: runs.Run, tmp_path: Path) -> None:
