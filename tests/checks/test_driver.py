@@ -20,7 +20,7 @@ from checks.verdict import Verdict
 COMPILER = shutil.which("cc")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler to build a driver's library with")
 SUBJECTS = ("gpu.count", "gpu.recovery", "gpu.ecc", "gpu.remap", "gpu.bus", "gpu.throttle", "gpu.temperature",
-            "gpu.processes", "gpu.memory", "nvlink", "pcie.gpu")  # fmt: skip
+            "gpu.processes", "gpu.memory", "nvlink.links", "nvlink.errors", "nvlink.fabric", "pcie.gpu")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

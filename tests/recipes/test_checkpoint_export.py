@@ -28,7 +28,7 @@ ONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A run directory with checkpoints of steps 2, 4 and 6, and the weights of the last."""
     folder = tmp_path_factory.mktemp("export")
-    plan = plan_in(folder, save_every=2)
+    plan = plan_in(folder, steps=6, save_every=2)
     technique = Baseline.build(plan)
     train(plan, technique)
     weights = {name: tensor.detach().clone() for name, tensor in technique.model.state_dict().items()}

@@ -87,13 +87,13 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("straight", "killed"):
         (tmp_path / name).mkdir()
-    straight = plan_in(tmp_path / "straight")
+    straight = plan_in(tmp_path / "straight", steps=6)
     train(straight, Baseline.build(straight))
-    first = plan_in(tmp_path / "killed", save_every=2)
+    first = plan_in(tmp_path / "killed", steps=6, save_every=2)
     with pytest.raises(Killed):
         train(first, KilledInStep(Baseline.build(first), dies_in=6))
     monkeypatch.setenv("ATTEMPT", "2")
-    second = plan_in(tmp_path / "killed", save_every=2)
+    second = plan_in(tmp_path / "killed", steps=6, save_every=2)
     train(second, Baseline.build(second))
 
     expected = metrics_of(straight.run_directory)
