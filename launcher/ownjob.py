@@ -248,7 +248,13 @@ def requeue(job_id: str, exclude: Sequence[str], until: float, say: Callable[[st
 
     Raises SlurmError where Slurm refuses or stays away.
     """
-    insist(["scontrol", "requeue", job_id], until, say)
+    try:
+        insist(["scontrol", "requeue", job_id], until, say)
+    except slurm.SlurmError as error:
+        if _ENDED_BY_TERM not in str(error):
+            raise
+        # The SIGTERM of its own success: once slurmctld has accepted, it reaches every process of the job, this command
+        # too before it could say so. Taken for a refusal, the run would go on twice, as this job and as a successor.
     if exclude:
         # Slurm takes a change of nodes for a pending job only, so it comes after; KillWait leaves the time for it.
         command = ["scontrol", "update", f"jobid={job_id}", f"ExcNodeList={','.join(exclude)}"]
@@ -257,8 +263,7 @@ def requeue(job_id: str, exclude: Sequence[str], until: float, say: Callable[[st
         except slurm.SlurmError as error:
             if _ENDED_BY_TERM not in str(error):
                 raise
-            # The job's SIGTERM reaches every process in it, this command too where it was running. It comes once.
-            insist(command, until, say)
+            insist(command, until, say)  # the same SIGTERM, which comes once
 
 
 def submit_successor(
