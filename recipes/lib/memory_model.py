@@ -179,13 +179,10 @@ class _Whole:
         before = all_of_them if apart and work.microbatches > 1 else 0.0
         multiplied = stage.layers * stage.layer + stage.vocabulary * work.size.width
         rounds = number != master
-        # The rounded weights are kept for the backward pass where it does not make them again.
-        rounded = (
-            multiplied * number if rounds and work.checkpointing == "none" and not work.compiled else 0.0
-        )
-        # Recomputed or compiled, a layer's are made anew; but autocast holds the forward pass's until its end, where
-        # the head is (1.81 GiB of layers for llama_1b on an H200, compiled and recomputed alike).
+        # The backward pass makes a layer's rounded weights anew where it is recomputed or compiled; but autocast holds
+        # the forward pass's until its end, where the head is (1.81 GiB for llama_1b on an H200).
         held = multiplied * number * rounds
+        rounded = held if work.checkpointing == "none" and not work.compiled else 0.0
         head = stage.vocabulary * work.size.width
 
         def gradients(done: float) -> dict[str, float]:
