@@ -50,14 +50,16 @@ def this_machine(devices: Path = Path("/dev"), environment: Mapping[str, str] = 
 
 def box_node() -> NodeFacts:
     """One node of the running box, as its Slurm reports it; what `box up` would start where none runs."""
-    from launcher import box  # here, because only cluster=box needs it
+    # Here, because only cluster=box needs them.
+    from launcher import box
+    from launcher.box.gpus import share_out
 
     machine = this_machine()
     found = box.find(box_name())
     if found is None:
         cores = max(1, machine.cores // DEFAULT_BOX_NODES)
-        gpus = machine.gpus // DEFAULT_BOX_NODES or min(machine.gpus, 1)  # fewer than nodes are shared
-        return NodeFacts(gpus, cpus=cores, cores=cores, nodes=None)
+        least = min(map(len, share_out(range(machine.gpus), DEFAULT_BOX_NODES)))
+        return NodeFacts(least, cpus=cores, cores=cores, nodes=None)
     return parse_box_nodes(_sinfo(found.bin_dir), machine)
 
 

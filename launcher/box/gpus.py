@@ -8,8 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from launcher.spec import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def _as_cuda_reads(visible: str) -> list[str]:
     return list(itertools.takewhile(lambda entry: entry and not entry.startswith("-"), entries))
 
 
-def share_out(gpus: Sequence[Gpu], nodes: int) -> tuple[tuple[Gpu, ...], ...]:
+def share_out(gpus: Sequence[T], nodes: int) -> tuple[tuple[T, ...], ...]:
     """Deal the GPUs to `nodes` nodes in order; if they do not divide evenly the first get one more.
 
     Fewer GPUs than nodes are shared: a job of two nodes is then two ranks of NCCL over its network transport on one
