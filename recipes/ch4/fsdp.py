@@ -71,7 +71,7 @@ class Sharded:
         context = split_sequences(model, grid.context) if grid.context is not None else None
         if grid.tensor is not None:
             split_layers(model, grid.tensor)
-        checkpoint_activations(model, args.activation_checkpointing, args.kept)
+        checkpoint_activations(model, args.activation_checkpointing, args.kept, args.recomputed_layers)
         if args.compile:
             compile_blocks(model)
         model.to(plan.precision.master)

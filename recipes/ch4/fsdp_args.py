@@ -44,6 +44,11 @@ class FsdpArgs(TrainArgs):
         "activation_checkpointing=selective: operations whose results are kept, not computed again",
         ("matmul", "attention", "collectives"),
     )
+    recomputed_layers: int = argument(
+        0,
+        "activation_checkpointing=selective or full: layers that recompute, the first so many; 0 is all",
+        minimum=0,
+    )
     float8: str = argument(
         "none",
         "scaling of float8 numbers in the layers' matrix products: by row, or one for a whole tensor",
@@ -64,6 +69,12 @@ class FsdpArgs(TrainArgs):
             raise ArgumentError("shard_size", self.shard_size, "wants strategy=hybrid_shard")
         if self.kept != ["matmul", "attention"] and self.activation_checkpointing != "selective":
             raise ArgumentError("kept", ",".join(self.kept), "wants activation_checkpointing=selective")
+        if self.recomputed_layers and self.activation_checkpointing == "none":
+            problem = "wants activation_checkpointing=selective or full"
+            raise ArgumentError("recomputed_layers", self.recomputed_layers, problem)
+        if self.recomputed_layers > SIZES[self.model].layers:
+            problem = f"wants at most {SIZES[self.model].layers}, the layers of {self.model}"
+            raise ArgumentError("recomputed_layers", self.recomputed_layers, problem)
         if self.float8 != "none" and self.tensor_parallel > 1:
             raise ArgumentError(
                 "float8", self.float8, "wants tensor_parallel=1: its products are of whole matrices"

@@ -79,6 +79,7 @@ def workload_of(recipe: str, args: Mapping[str, Any], nodes: int, ranks_per_node
         data=ranks,
         shard=shards.get(strategy, 1),
         checkpointing=args["activation_checkpointing"],
+        recomputed_layers=args.get("recomputed_layers", 0),
         compiled=args["compile"],
         compute_bytes=number,
         master_bytes=master,
@@ -122,6 +123,9 @@ def _changes(
     recipe: str, args: Mapping[str, Any], nodes: int, ranks_per_node: int
 ) -> Iterator[tuple[str, str, dict[str, Any], int]]:
     lean = {"activation_checkpointing": "full", "microbatch_size": 1}
+    if args.get("recomputed_layers"):
+        args = {**args, "recomputed_layers": 0}
+        yield "args.recomputed_layers=0", recipe, args, nodes
     for mode in ("selective", "full"):
         yield _words(mode=mode), recipe, {**args, "activation_checkpointing": mode}, nodes
     yield _words(mode="full", rows=1), recipe, {**args, **lean}, nodes

@@ -14,7 +14,7 @@ fullest is added up on its own, and the fullest one counts:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from recipes.lib.calibration import CALIBRATION, GIB, Calibration
 from recipes.lib.layer_memory import head_bytes, layer_bytes
@@ -83,8 +83,11 @@ def predict_memory(work: Workload, calibration: Calibration = CALIBRATION) -> Me
 def _moments(work: Workload, stage: Stage, calibration: Calibration) -> list[Moment]:
     kind: type[_Sharded | _Whole | Zero] = _Sharded if work.sharded else Zero if work.zero else _Whole
     ordered = kind(work, stage)
-    layer = layer_bytes(work, calibration)
-    kept = stage.layers * layer.kept * stage.in_flight
+    first = layer_bytes(work, calibration)
+    # The first ones recompute; the backward pass comes to the last one first.
+    again = stage.recomputed(work)
+    last = first if again == stage.layers else layer_bytes(replace(work, checkpointing="none"), calibration)
+    kept = (again * first.kept + (stage.layers - again) * last.kept) * stage.in_flight
     rotation = 2 * work.sequence_length * work.size.head_dim * 4
     always = {**ordered.states, "workspace": calibration.workspace_bytes + rotation}
     found = []
@@ -96,9 +99,9 @@ def _moments(work: Workload, stage: Stage, calibration: Calibration) -> list[Mom
                 _sum(always, ordered.at_head, {"activations": kept + around, "logits and loss": logits}),
             )
         )
-    activations = {"activations": kept + layer.backward}
+    activations = {"activations": kept + last.backward}
     found.append(Moment("last layer", _sum(always, ordered.at_last_layer, activations)))
-    activations = {"activations": kept / stage.layers + layer.backward}
+    activations = {"activations": first.kept * stage.in_flight + first.backward}
     found.append(Moment("first layer", _sum(always, ordered.at_first_layer, activations)))
     found.append(Moment("embedding", _sum(always, ordered.at_embedding)))
     found.append(Moment("update", _sum(always, ordered.at_update)))

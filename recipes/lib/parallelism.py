@@ -75,14 +75,14 @@ _OPERATIONS = {
 
 
 def checkpoint_activations(
-    model: Transformer, mode: str, kept: Sequence[str] = ("matmul", "attention")
+    model: Transformer, mode: str, kept: Sequence[str] = ("matmul", "attention"), layers: int = 0
 ) -> None:
     """Trade memory for arithmetic: recompute activations in the backward pass instead of keeping them.
 
     "full" keeps each layer's input only and repeats its whole forward pass: a third more arithmetic.
     "selective" keeps the results of the operations that `kept` names, by default those that are expensive, and repeats
     what is cheap between them (norms, rotation, SiLU, products of elements): almost no more arithmetic. "none" keeps
-    everything.
+    everything. With `layers`, only the first so many recompute: where memory is left, the others need not.
     """
     if mode == "none":
         return
@@ -92,7 +92,7 @@ def checkpoint_activations(
         operations = [operation for name in kept for operation in _OPERATIONS[name]]
         contexts = functools.partial(create_selective_checkpoint_contexts, operations)
         recompute = functools.partial(recompute, context_fn=contexts)
-    for layer in model.layers:
+    for layer in list(model.layers)[: layers or len(model.layers)]:
         assert isinstance(layer, Block)
         layer.recompute = recompute
 

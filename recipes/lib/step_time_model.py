@@ -80,8 +80,8 @@ def _product_flop(work: Workload, stage: Stage) -> float:
     layers = stage.layers * (stage.layer - norms)
     head = stage.vocabulary * work.size.width
     # Recomputation stops before down_proj: nothing of the layer's backward pass needs its result.
-    down = stage.layers * work.size.width * work.size.ffn_width / work.tensor
-    again = layers - down if work.checkpointing == "full" else 0
+    down = work.size.width * work.size.ffn_width / work.tensor
+    again = stage.recomputed(work) * (stage.layer - norms - down) if work.checkpointing == "full" else 0
     head_again = head if chunks(work) > 1 and not work.fused_loss else 0
     return work.tokens * (6.0 * (layers + head) + 2.0 * (again + head_again))
 
@@ -89,9 +89,10 @@ def _product_flop(work: Workload, stage: Stage) -> float:
 def _attention_seconds(work: Workload, stage: Stage, gpu: Gpu, calibration: Calibration) -> float:
     """The causal half only, which is all that the kernel computes: 2 S A FLOP per token forward, 5 S A backward."""
     width = work.size.heads * work.size.head_dim / work.tensor
-    once = work.tokens * stage.layers * work.sequence_length * width
-    forward = 2.0 * once * (2 if work.checkpointing == "full" else 1)
-    backward = 5.0 * once
+    once = work.tokens * work.sequence_length * width
+    again = stage.recomputed(work) if work.checkpointing == "full" else 0
+    forward = 2.0 * once * (stage.layers + again)
+    backward = 5.0 * once * stage.layers
     rates = calibration.attention_forward_share, calibration.attention_backward_share
     return forward / (rates[0] * gpu.peak) + backward / (rates[1] * gpu.peak)
 
@@ -116,7 +117,8 @@ def _element_bytes(work: Workload, stage: Stage) -> float:
         forward, backward = 10 * d + 15 * h + 5 * f, 20 * d + 24 * h + 11 * f
         head = 18 * work.tokens * stage.vocabulary
     again = {"none": 0.0, "selective": forward * (0.3 if work.compiled else 1.0), "full": forward}
-    return number * (stage.layers * (forward + backward + again[work.checkpointing]) + head)
+    repeated = stage.recomputed(work) * again[work.checkpointing]
+    return number * (stage.layers * (forward + backward) + repeated + head)
 
 
 def _parameter_bytes(work: Workload, stage: Stage) -> tuple[float, float]:
@@ -146,9 +148,10 @@ def _communication(
     if work.tensor > 1:
         # Sequence parallel: gather before and scatter after each of the two halves, forward and backward; a gather
         # again for the gradients of weights. Nothing else can run meanwhile.
-        passes = 4 + 4 + 2 + (4 if work.checkpointing == "full" else 0)
+        again = stage.recomputed(work) if work.checkpointing == "full" else 0
+        passes = stage.layers * (4 + 4 + 2) + again * 4
         array = work.tokens * work.size.width * work.compute_bytes
-        alone += rounds * stage.layers * passes * _ring(array, work.tensor, 1, fabric, gpu, calibration)
+        alone += rounds * passes * _ring(array, work.tensor, 1, fabric, gpu, calibration)
     if work.pipeline > 1:
         array = work.tokens * work.size.width * work.compute_bytes / work.tensor
         rate = _rate(work.gpus, fabric, gpu, calibration)

@@ -33,6 +33,8 @@ class Workload:
     tensor: int = 1
     pipeline: int = 1
     checkpointing: str = "none"
+    recomputed_layers: int = 0
+    """Of a stage, the first so many, as `checkpointing` says; the others keep everything. 0: all."""
     compiled: bool = False
     compute_bytes: int = 2
     """Of one number of the computation."""
@@ -114,6 +116,12 @@ class Stage:
     @property
     def parameters(self) -> int:
         return self.layers * self.layer + self.table + self.head
+
+    def recomputed(self, work: Workload) -> int:
+        """Layers here whose backward pass computes again what `work.checkpointing` does not keep."""
+        if work.checkpointing == "none":
+            return 0
+        return min(work.recomputed_layers or self.layers, self.layers)
 
 
 def stages(work: Workload) -> list[Stage]:

@@ -29,6 +29,8 @@ ARGUMENTS = {
     "float8=rowwise tensor_parallel=2": "float8=rowwise: wants tensor_parallel=1: its products are of whole matrices",
     "float8=rowwise sequence_length=100": "float8=rowwise: wants sequence_length in multiples of 16, not 100",
     "kept=attention": "kept=attention: wants activation_checkpointing=selective",
+    "recomputed_layers=1": "recomputed_layers=1: wants activation_checkpointing=selective or full",
+    "recomputed_layers=9 activation_checkpointing=full": "recomputed_layers=9: wants at most 4, the layers of tiny",
     "kept=everything": "kept=everything: wants one of matmul, attention, collectives",
 }
 RANKS = {

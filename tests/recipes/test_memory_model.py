@@ -89,21 +89,22 @@ def test_ddp_has_one_set_of_buckets_and_what_autocast_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy", "checkpointing", "data"),
+    ("name", "strategy", "checkpointing", "recomputed", "data"),
     [
-        ("llama_8b", "full_shard", "full", 4),
-        ("llama_8b", "shard_grad_op", "selective", 4),
-        ("llama_1b", "single", "none", 1),
+        ("llama_8b", "full_shard", "full", 0, 4),
+        ("llama_8b", "shard_grad_op", "selective", 0, 4),
+        ("llama_8b", "shard_grad_op", "selective", 1, 4),
+        ("llama_1b", "single", "none", 0, 1),
     ],
 )
 def test_torch_s_own_tracker_agrees(
-    name: str, strategy: str, checkpointing: str, data: int, monkeypatch: pytest.MonkeyPatch
+    name: str, strategy: str, checkpointing: str, recomputed: int, data: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two layers of the real width, their operations one by one."""
     size = dataclasses.replace(SIZES[name], layers=2)
     work = Workload(
         size=size, sequence_length=4096, microbatch=2, strategy=strategy, data=data,
-        shard=data, checkpointing=checkpointing,
+        shard=data, checkpointing=checkpointing, recomputed_layers=recomputed,
     )  # fmt: skip
     with ranks(data):
         tracked = tracked_peak(work, monkeypatch)

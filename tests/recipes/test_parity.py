@@ -94,6 +94,7 @@ def grid_cases() -> list[Case]:
             "prefetch": 2,
             "cpu_offload": True,
             "activation_checkpointing": "selective",
+            "recomputed_layers": 1,
             "kept": ["attention", "collectives"],
         },
         "tensor2-compiled": {"tensor_parallel": 2, "compile": True},

@@ -62,7 +62,7 @@ def tracked_peak(work: Workload, monkeypatch: Any) -> int:
     grid = make_grid(world, args) if sharded else None
     with FakeTensorMode():
         model = Transformer(work.size)
-        checkpoint_activations(model, work.checkpointing)
+        checkpoint_activations(model, work.checkpointing, layers=work.recomputed_layers)
         if grid is not None:
             shard(model, grid, precision, args)
         optimizer = build_optimizer(model, args)
