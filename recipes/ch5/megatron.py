@@ -37,10 +37,13 @@ from recipes.lib.model import IGNORE
 from recipes.lib.optimizer import BETAS
 from recipes.lib.stack import needs
 from recipes.lib.training import Microbatch, Plan, make_plan, recipe_main, train
+from recipes.lib.writing import without_zip_checksums, writing_threads
 
 with needs("megatron"):
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -172,7 +175,12 @@ class Megatron:
         """Every rank its part, under names of the whole model, with Megatron's own writer."""
         # Megatron's own queue is a process, which the SIGTERM that asks a job to stop ends: no save would follow it.
         filesystem_async._results_queue = queue.SimpleQueue()
-        dist_checkpointing.save(self._state(is_loading=False), str(folder), ("torch_dist", 1))
+        # Every copy has all of the state by now, and would leave the writing to the first one.
+        copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        each = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=writing_threads(self.plan.world))
+        strategy = FullyParallelSaveStrategyWrapper(each, copies)
+        with without_zip_checksums():
+            dist_checkpointing.save(self._state(is_loading=False), str(folder), strategy)
 
     def read(self, folder: Path) -> None:
         """The parts that this rank has now, whichever ranks have written them."""

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -165,7 +165,16 @@ class _Noting(io.IOBase):
         self._stream.close()
 
 
-def _threads(world: World) -> int:
+def without_zip_checksums() -> AbstractContextManager[None]:
+    """Within it torch.save computes no CRC-32 of its own, at 0.26 GB/s of a core: three quarters of all the work.
+
+    The manifest has one of every byte, by zlib, and is what a resume reads.
+    """
+    unchecked: AbstractContextManager[None] = serialization.patch("save.compute_crc32", False)
+    return unchecked
+
+
+def writing_threads(world: World) -> int:
     """That write, a file each: one does about 1 GB/s, and the step beside it wants its share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST_THREADS, cores // world.local_size // 4))
@@ -179,14 +188,12 @@ def _write_shards(
                   for tensor in part.values() if isinstance(tensor, torch.Tensor))  # fmt: skip
     # Copying ahead is for tensors on a GPU. For those in host memory it would wait for the GPU's training step.
     writer = FileSystemWriter(
-        beside, thread_count=_threads(world), per_thread_copy_ahead=0 if on_host else 2**26
+        beside, thread_count=writing_threads(world), per_thread_copy_ahead=0 if on_host else 2**26
     )
     writer.fs = files = _ChecksummingFileSystem()
     failed: CheckpointException | None = None
     try:
-        # torch's zip writer would compute a CRC-32 of its own, at 0.26 GB/s of a core: three quarters of all the work.
-        # The manifest has one of every byte, by zlib, and is what a resume reads.
-        with serialization.patch("save.compute_crc32", False):
+        with without_zip_checksums():
             state_dict_saver.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         failed = error

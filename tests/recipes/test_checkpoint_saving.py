@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,24 @@ def test_on_a_gpu_an_update_waits_for_the_copy(tmp_path: Path, waits: bool) -> N
         assert not torch.equal(model.weight, before)
         checkpoint.load(manifest.folder_of(tmp_path, 1), trained, world)
         assert torch.equal(model.weight, before) == waits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a second GPU, and what happens on the first")
+def test_a_copy_from_the_second_gpu_leaves_the_first_alone() -> None:
+    """A context on it takes half a GiB for every rank, and fails where the first rank has left none."""
+    script = """if True:
+        import torch
+        from recipes.lib.staging import Stager
+        second = torch.device("cuda", 1)
+        torch.cuda.set_device(second)
+        given = torch.arange(2**20, device=second)
+        copied = Stager(second).stage({"given": given}).result()["given"]
+        assert torch.equal(copied, given.cpu()), copied
+        print([torch._C._cuda_hasPrimaryContext(each) for each in range(2)])
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "[False, True]\n", done.stderr
 
 
 def steps_in(folder: Path) -> list[int]:
