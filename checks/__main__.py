@@ -27,10 +27,13 @@ from checks import active, baselines, catalog, consensus, gather, minimal, passi
 from checks import bundle as bundles
 from checks.evidence import BUDGET_SECONDS
 from checks.expectations import Expectations
-from checks.options import EXIT_USAGE, Parser, add_expectations, expectations
+from checks.options import EXIT_USAGE, Parser, add_expectations, expectations, seconds
+from checks.reading import counted
 from checks.registry import TIERS
 from checks.verdict import EXIT_CODES, CheckResult, Verdict, worst
 
+EXIT_UNREAD = 141
+"""As the shell says of a program that SIGPIPE ended: 0 would be a pass that nobody saw."""
 COLLECT_SECONDS = 60.0
 """`collect` is asked for by a person who wants everything: slow mounts get more time than a preflight has."""
 
@@ -39,12 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     commands = {"list": _list, "collect": _collect, "judge": _judge, "baseline": _baseline}
     try:
-        if words and words[0] in commands:
-            return commands[words[0]](words[1:])
-        return _check(words)
+        status = commands[words[0]](words[1:]) if words and words[0] in commands else _check(words)
+        sys.stdout.flush()  # a reader that has left is noticed here, and not at the interpreter's exit
+    except BrokenPipeError:
+        # `python -m checks list | head`: the reader has what it wanted, and the verdict is nobody's any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNREAD
     except (bundles.BundleError, baselines.BaselineError, recorded.NotWhole, catalog.UnknownCheck) as error:
         print(f"python -m checks: {error}", file=sys.stderr)
         return EXIT_USAGE
+    return status
 
 
 # --- this machine, or all nodes of a step -----------------------------------------------------------------
@@ -54,6 +61,8 @@ def _check(words: Sequence[str]) -> int:
     options = _parser().parse_args(words)
     expected = expectations(options)
     catalog.named(options.checks, options.tier)  # a name that does not exist is said before anything runs
+    if "{node}" not in options.root and not Path(options.root).is_dir():
+        raise bundles.BundleError(f"--root={options.root}: no such folder")
     if options.tier == "minimal":
         results = _minimal(options, expected)
         if options.json:
@@ -151,11 +160,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--node", default=_own_name(), help=argparse.SUPPRESS)
     parser.add_argument(
-        "--budget", type=float, default=BUDGET_SECONDS, help="seconds that looking may take (default 4)"
+        "--budget",
+        type=seconds,
+        metavar="SECONDS",
+        default=BUDGET_SECONDS,
+        help="seconds that looking may take (default 4)",
     )
     parser.add_argument(
         "--deadline",
-        type=float,
+        type=seconds,
+        metavar="SECONDS",
         default=gather.DEADLINE_SECONDS,
         help="seconds to wait for all nodes (default 20)",
     )
@@ -169,7 +183,8 @@ def _add_active(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--baselines", type=Path, metavar="FILE", help="this cluster's own figures")
     group.add_argument(
         "--active-budget",
-        type=float,
+        type=seconds,
+        metavar="SECONDS",
         default=active.BUDGET_SECONDS,
         help="seconds for everything (default 90)",
     )
@@ -207,7 +222,11 @@ def _collect(words: Sequence[str]) -> int:
     parser.add_argument("--root", default="/", help="read files under this folder")
     parser.add_argument("--node", default=_own_name(), help=argparse.SUPPRESS)
     parser.add_argument(
-        "--deadline", type=float, default=COLLECT_SECONDS, help="seconds for everything together"
+        "--deadline",
+        type=seconds,
+        metavar="SECONDS",
+        default=COLLECT_SECONDS,
+        help="seconds for everything together",
     )
     add_expectations(parser)
     options = parser.parse_args(words)
@@ -219,7 +238,7 @@ def _collect(words: Sequence[str]) -> int:
     except OSError as error:
         print(f"python -m checks: {path}: {error.strerror}", file=sys.stderr)
         return EXIT_USAGE
-    print(f"{path}: {len(looked.records)} answers of {options.node} in {looked.seconds:.1f} s")
+    print(f"{path}: {counted(len(looked.records), 'answer')} of {options.node} in {looked.seconds:.1f} s")
     return 0
 
 
@@ -244,6 +263,9 @@ def _judge(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     if len(options.files) > 1 and all(path.is_file() and bundles.is_bundle(path) for path in options.files):
         return _judge_many(options)
+    for path in options.files:
+        if not path.exists() and {path.name, path.name.partition(".")[0]} & _names_of_checks():
+            raise bundles.BundleError(f"{path}: no such file; one check alone: --check={path}")
     bundle, captured = passive.opened(options.files, options.part)
     looked = passive.look_at(bundle, expectations(options, bundle.expected), options.check, part=captured)
     if not looked.results and captured:
@@ -257,8 +279,13 @@ def _judge(words: Sequence[str]) -> int:
         print(report.summary(looked.results, bundle.node))
         left_out = len(catalog.named((), "passive")) - len({result.check for result in looked.results})
         if captured and left_out:
-            print(f"{left_out} other checks find nothing to judge in this capture")
+            verb = "finds" if left_out == 1 else "find"
+            print(f"{counted(left_out, 'other check')} {verb} nothing to judge in this capture")
     return EXIT_CODES[worst(result.verdict for result in looked.results)]
+
+
+def _names_of_checks() -> set[str]:
+    return {name for check in catalog.named((), None) for name in (check.name, check.subject)}
 
 
 def _judge_many(options: argparse.Namespace) -> int:
@@ -308,7 +335,9 @@ def _baseline(words: Sequence[str]) -> int:
         baselines.write(options.file, [*own, *kept])
     except OSError as error:
         raise baselines.BaselineError(f"{options.file}: {error.strerror}") from None
-    print(f"{options.file}: {len(own)} figures of {len(nodes)} nodes in {found.seconds:.1f} s")
+    print(
+        f"{options.file}: {counted(len(own), 'figure')} of {counted(len(nodes), 'node')} in {found.seconds:.1f} s"
+    )
     return 0
 
 

@@ -28,7 +28,7 @@ from checks.hostlist import expanded, folded
 from checks.judge_active import job_fabric
 from checks.measured import Job, best_burn, measured
 from checks.pairs import Outcome, Pair
-from checks.reading import Unread
+from checks.reading import Unread, counted
 from checks.registry import judge
 from checks.verdict import EXIT_CODES, CheckResult, Verdict, worst
 
@@ -312,7 +312,7 @@ def passes(results: Mapping[str, Sequence[CheckResult]]) -> str:
     lines = []
     for check, readings in shown.items():
         read, nodes = max(readings.items(), key=lambda one: len(one[1]))
-        count = f" (of {len(readings)} different readings)" if len(readings) > 1 else ""
+        count = f" (of {counted(len(readings), 'different reading')})" if len(readings) > 1 else ""
         lines.append(f"{check}: pass: {folded(nodes)}: {read}{count}")
     return "\n".join(lines)
 
@@ -326,8 +326,8 @@ def conclusion(results: Mapping[str, Sequence[CheckResult]], found: Found) -> st
         for node, each in results.items()
         if any(r.verdict is Verdict.FAIL and not r.check.startswith("net.") for r in each)
     ]
-    took = f"{found.seconds:.1f} s, {found.job.paired} rounds of pairs"
-    lines = [f"{whole.value}: {len(results)} nodes ({folded(results)}) in {took}"]
+    took = f"{found.seconds:.1f} s, {counted(found.job.paired, 'round')} of pairs"
+    lines = [f"{whole.value}: {counted(len(results), 'node')} ({folded(results)}) in {took}"]
     lines += map(str, (*found.job.rail_blames, *found.job.blames))
     links = found.job.bad_links
     if covering.nobody_passes([*results], links):

@@ -16,13 +16,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from checks.capture_text import LOG_AS_JSON
 from checks.evidence import Record
 from checks.expectations import FABRICS, Expectations
+from checks.reading import counted
 from checks.worker import masked
 
 FORMAT = "evidence of checks"
 VERSION = 1
 MOST_BYTES = 256 << 20
+START_BYTES = 4096
+GZIPPED = b"\x1f\x8b"
 
 
 class BundleError(ValueError):
@@ -74,32 +78,43 @@ def dumps(bundle: Bundle) -> str:
     return f'{{"format": "{FORMAT}", "version": {VERSION}, "sha256": "{digest}", "body":\n{body}}}\n'
 
 
-def read(path: Path) -> Bundle:
-    """Raises BundleError for whatever is wrong."""
+def contents(path: Path) -> bytes:
+    """Of a gzipped file what is in it. Raises BundleError."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from None
-    if data[:2] == b"\x1f\x8b":
-        try:
-            unpacked = zlib.decompressobj(wbits=31)
-            data = unpacked.decompress(data, MOST_BYTES)
-            if not unpacked.eof:
-                raise BundleError(f"{path}: cut short: {len(data)} bytes, then the file ends")
-        except zlib.error as error:
-            raise BundleError(f"{path}: damaged: {error}") from None
+    if data[:2] != GZIPPED:
+        return data
     try:
-        text = data.decode()
+        unpacked = zlib.decompressobj(wbits=31)
+        data = unpacked.decompress(data, MOST_BYTES)
+    except zlib.error as error:
+        raise BundleError(f"{path}: damaged: {error}") from None
+    if not unpacked.eof:
+        raise BundleError(f"{path}: cut short: {counted(len(data), 'byte')}, then the file ends")
+    return data
+
+
+def read(path: Path) -> Bundle:
+    """Raises BundleError for whatever is wrong."""
+    try:
+        text = contents(path).decode()
     except UnicodeDecodeError:
         raise BundleError(f"{path}: not a bundle: it is not text") from None
     return _loads(text, str(path))
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a file begins like a bundle, be it whole or not."""
+    """Whether a file begins like a bundle, be it whole or not; a log as JSON, or one that is gzipped, does not."""
     with open(path, "rb") as file:
-        start = file.read(2)
-    return start == b"\x1f\x8b" or start[:1] == b"{"
+        start = file.read(START_BYTES)
+    if start[:2] == GZIPPED:
+        try:
+            start = zlib.decompressobj(wbits=31).decompress(start, START_BYTES)
+        except zlib.error:
+            return True  # damaged, as `read` says
+    return start[:1] == b"{" and not LOG_AS_JSON.match(start.decode(errors="replace"))
 
 
 def _loads(text: str, where: str) -> Bundle:

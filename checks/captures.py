@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checks import ibstat, nvidia_smi
-from checks.bundle import Bundle, BundleError, make
+from checks.bundle import Bundle, BundleError, contents, is_bundle, make
+from checks.capture_text import decoded
 from checks.collect import collect_node
 from checks.collect_network import collect_rdma
 from checks.evidence import Live, Record, closed, matching_lines
@@ -42,8 +43,8 @@ SYSLOG_LINE = re.compile(
 PROMPT = re.compile(r"^(?:\S+@\S+\s*)?[$#](?:\s|$)|^\S+@\S+[$#](?:\s|$)")
 """`root@node:~# dmesg -T`, copied with its output."""
 
-TERMINAL = re.compile(r"\x1b\[[\d;]*m")
-"""Colours, as `dmesg --color=always` prints them between `NVRM:` and what follows."""
+DRIVER_LINE = re.compile(r"NVRM: Xid\b|\bSXid \(")
+"""Lines of the kernel in whatever else: `dmesg -t` has no times, `grep -n` puts numbers before them."""
 
 
 def imported(paths: Sequence[Path], *, part: str = "") -> Bundle:
@@ -61,15 +62,21 @@ def _of(path: Path, part: str) -> dict[str, Record]:
     if path.exists() and not path.is_file():
         raise BundleError(f"{path}: neither a file nor a folder")
     try:
-        text = path.read_bytes().decode(errors="surrogateescape")
-    except OSError as error:
-        raise BundleError(f"{path}: {error.strerror}") from None
-    text = TERMINAL.sub("", text.removeprefix("\ufeff").replace("\r\n", "\n"))
+        text = decoded(contents(path))
+    except ValueError as error:
+        raise error if isinstance(error, BundleError) else BundleError(f"{path}: {error}") from None
+    if is_bundle(path):
+        raise BundleError(f"{path}: a bundle beside captures: judge it alone, or with other bundles")
     if nvidia_smi.looks_like(text):
         try:
-            return nvidia_smi.records(text, part)
+            answers = nvidia_smi.records(text, part)
         except ValueError as error:
             raise BundleError(f"{path}: {error}") from None
+        # nvidia-bug-report.sh puts the kernel's log and `nvidia-smi -q` into one file.
+        has_log = (
+            {"run dmesg": closed(matching_lines(text, KERNEL_LINES))} if DRIVER_LINE.search(text) else {}
+        )
+        return {**answers, **has_log}
     rows = [row for row in text.splitlines() if row.strip()][:400]
     if any(DEVICE.match(row) for row in rows):
         return {"run lspci -vvv": closed(matching_lines(text, LSPCI_LINES)), **link_records(text)}
@@ -84,7 +91,9 @@ def _of(path: Path, part: str) -> dict[str, Record]:
 
 
 def _is_kernel_log(text: str) -> bool:
-    """Half of its first lines are of a log, and somewhere the kernel has written."""
+    """Half of its first lines are of a log, and somewhere the kernel has written; or the driver reports an error."""
+    if DRIVER_LINE.search(text):
+        return True
     rows = [row for row in text.splitlines() if row.strip() and not PROMPT.match(row)]
     first = rows[:400]
     known = sum(bool(KERNEL_LINE.search(row) or SYSLOG_LINE.match(row)) for row in first)
@@ -117,7 +126,12 @@ def _collected(root: Path) -> dict[str, Record]:
             collect_node(source, root.name, Expectations())
         else:
             collect_rdma(source)
-        return {key: record for key, record in source.records.items() if _captured(key, record)}
+        found = {key: record for key, record in source.records.items() if _captured(key, record)}
+    # Where it lay while it was read is nothing that a reader could look at.
+    return {
+        key: {**record, "detail": record["detail"].replace(str(root), "")} if "detail" in record else record
+        for key, record in found.items()
+    }
 
 
 def _captured(key: str, record: Record) -> bool:

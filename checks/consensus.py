@@ -126,7 +126,11 @@ def clock_result(offset: float, uncertainty: float) -> CheckResult:
         f"within {OFFSET_WARN:g} s" if verdict is Verdict.PASS else f"{offset:+.1f} s (± {uncertainty:.1f} s)"
     )
     return CheckResult(
-        "clock.offset", verdict, read, f"within {OFFSET_WARN:g} s of node 0", "start chronyd on it"
+        "clock.offset",
+        verdict,
+        read,
+        f"within {OFFSET_WARN:g} s of node 0",
+        "ask an administrator to start chronyd on it",
     )
 
 

@@ -28,6 +28,11 @@ def warn(text: str, remedy: str = "") -> Finding:
     return Finding(Verdict.WARN, text, remedy)
 
 
+def by_administrator(what: str) -> str:
+    """What to do where a user can do no more than stay away from the node, and tell somebody."""
+    return f"leave this node out; an administrator has to {what}"
+
+
 def blind(value: Unread, what: str = "") -> Finding:
     """What could not be looked at."""
     verdict = Verdict.NOT_PERMITTED if value.problem is Problem.NOT_PERMITTED else Verdict.UNKNOWN

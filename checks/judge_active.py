@@ -11,7 +11,7 @@ from checks.findings import Finding, blind, fail, result, warn
 from checks.measured import Measured, Rank
 from checks.pairs import Blame
 from checks.rails import LEAST, Figure, Rail, floor_of
-from checks.reading import Problem, Unread
+from checks.reading import Problem, Unread, counted
 from checks.registry import check
 from checks.verdict import CheckResult, Verdict
 
@@ -82,11 +82,11 @@ def peers(node: Measured, expected: Expectations) -> list[CheckResult]:
     findings = [blind(one, pair) for pair, one in pairs.items() if isinstance(one, Unread)]
     wanted = node.gpus * (node.gpus - 1)
     if len(pairs) < wanted:
-        findings.append(fail(f"{len(pairs)} of {wanted} pairs were measured", "look at nvidia-smi topo -m"))
-    findings += [
-        fail(
-            f"GPU {pair}: {one:.3g} GB/s, the best pair has {top:.3g}", "nvlink.state and the fabric manager"
+        findings.append(
+            fail(f"{len(pairs)} of {counted(wanted, 'pair')} measured", "look at nvidia-smi topo -m")
         )
+    findings += [
+        fail(f"GPU {pair}: {one:.3g} GB/s, the best pair has {top:.3g}", "see nvlink.links and nvlink.fabric")
         for pair, one in pairs.items()
         if isinstance(one, float) and one < 0.8 * top
     ]
@@ -195,10 +195,10 @@ def pairs(node: Measured, expected: Expectations) -> list[CheckResult]:
         return []
     if not node.job.paired:
         return result(
-            name, [warn("no time was left for pairs", "a larger --budget")], "", "every pair passes"
+            name, [warn("no time was left for pairs", "a larger --active-budget")], "", "every pair passes"
         )
     findings = [_finding(blame, node.name) for blame in node.job.blames if node.name in blame.nodes]
-    return result(name, findings, f"passed, {node.job.paired} rounds", "every pair passes")
+    return result(name, findings, f"passed, {counted(node.job.paired, 'round')}", "every pair passes")
 
 
 @check(
@@ -225,7 +225,7 @@ def rails(node: Measured, expected: Expectations) -> list[CheckResult]:
     if not node.rails:
         findings.append(blind(NOTHING, "no RDMA port of this fabric is active"))
     figures = [end.sent for end in node.rails.values() if isinstance(end.sent, float)]
-    return result(name, findings, f"{len(figures)} rails: {_range(figures)} Gb/s", against)
+    return result(name, findings, f"{counted(len(figures), 'rail')}: {_range(figures)} Gb/s", against)
 
 
 def _rail_finding(rail: str, end: Rail, node: Measured, least: float) -> Finding | None:
@@ -299,7 +299,7 @@ def _local(
             least = base.floor if base else 0.0
             if value <= 0 or value < least:
                 text = f"rank {place} {what}: {value:.3g} GB/s, at least {least:.3g}"
-                findings.append(fail(text, "pcie.link, NUMA affinity, ACS: leave this node out"))
+                findings.append(fail(text, "see pcie.gpu, pcie.path and pcie.acs: leave this node out"))
     against = "; ".join(f"{what} {base.floor:.3g} GB/s ({base.source})" for what, base in bases.items())
     return result(name, findings, f"{_range(figures)} GB/s", against or f"no baseline; {RECORD}")
 

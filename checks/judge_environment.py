@@ -17,7 +17,7 @@ from checks.fabric_reading import collected
 from checks.facts import Node
 from checks.findings import Finding, blind, fail, result, warn
 from checks.given import given_by
-from checks.reading import Problem, Unread
+from checks.reading import Problem, Unread, counted
 from checks.registry import check
 from checks.verdict import CheckResult
 
@@ -138,7 +138,7 @@ def conflict(node: Node, expected: Expectations) -> list[CheckResult]:
     findings = _contradictions(node, expected, TRANSPORTS, "unset it")
     findings += [verdict(text, "unset it") for applies, verdict, text in rules if applies]
     count = sum(variable.startswith(("NCCL_", "GLOO_", "UCX_")) for variable in environment)
-    return result(name, findings, f"{count} variables of NCCL, Gloo and UCX", "no contradiction")
+    return result(name, findings, f"{counted(count, 'variable')} of NCCL, Gloo and UCX", "no contradiction")
 
 
 @check("env.files", reads=READS, source=f"{NCCL}; stale topology files (azurehpc-health-checks#142)")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from checks.collect_pci import is_gpu
 from checks.expectations import Expectations
 from checks.facts import Gpu, Node
-from checks.findings import Finding, blind, fail, result, warn
+from checks.findings import Finding, blind, by_administrator, fail, result, warn
 from checks.kernel_log import Xid, fallen, not_started, strange_xids, xids
-from checks.reading import Problem, Unread, shortened
+from checks.reading import Problem, Unread, counted, shortened
 from checks.registry import check
 from checks.verdict import CheckResult, Verdict
 
@@ -29,14 +29,23 @@ LOST = {
     15: "GPU is lost",
     16: "reset required",
 }
+WATCHED = {
+    63: "memory is replaced at the GPU's next reset: gpu.remap says whether one is due",
+    92: "many corrected memory errors: gpu.ecc has the counts",
+    94: "a memory error that ended one application alone: gpu.remap says whether the GPU wants a reset",
+}
+"""Xids that are no application's doing."""
 HARDWARE_SLOWDOWNS = {0x8: "hardware slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake"}
 THERMAL = {0x20: "software thermal slowdown"}
 IDLE = 0x1
 FIRST_DRIVER_WITH_ACTION = 570
+TURING, AMPERE = 6, 7
+"""nvml.h, NVML_DEVICE_ARCH_*."""
 SRAM_UNCORRECTED_LIMIT = 4
 SRAM_CORRECTED_LIMIT = 10_000
 DRAM_CORRECTED_LIMIT = 20_000_000
 REMAPPED_LIMIT = 512
+COOLING = "tell an administrator: the node's cooling does not keep up"
 MARGIN_WARN, HOT_WARN, MEMORY_HOT_WARN = 5, 85, 95
 
 
@@ -66,7 +75,7 @@ def count(node: Node, expected: Expectations) -> list[CheckResult]:
     name = "gpu.count"
     if expected.gpus == 0:
         return []
-    wanted = "GPUs" if expected.gpus is None else f"at least {expected.gpus} GPUs"
+    wanted = "GPUs" if expected.gpus is None else f"at least {counted(expected.gpus, 'GPU')}"
     wanted += f" of kind {expected.sku}" if expected.sku else ""
     if without_gpus(node, expected):
         say = "say --gpus=0 where that is right"
@@ -78,18 +87,28 @@ def count(node: Node, expected: Expectations) -> list[CheckResult]:
     findings: list[Finding] = []
     leave = "leave this node out: sbatch --exclude"
     if found < (1 if expected.gpus is None else expected.gpus):
-        findings.append(fail(f"{found} GPUs", leave))
+        findings.append(fail(counted(found, "GPU"), leave))
     on_bus = 0 if isinstance(node.pci, Unread) else sum(map(is_gpu, node.pci))
     files = () if isinstance(node.gpus.device_files, Unread) else node.gpus.device_files
     if found < on_bus and found < len(files):
-        findings.append(fail(f"{found} of {on_bus} GPUs on the bus answer", leave))
+        findings.append(
+            fail(
+                f"{found} of {counted(on_bus, 'GPU')} on the bus answering",
+                leave,
+            )
+        )
     for gpu in node.gpus.gpus:
         if isinstance(gpu.name, Unread):
             findings.append(blind(gpu.name, f"GPU {gpu.index}"))
         elif expected.sku and expected.sku.lower() not in gpu.name.lower():
             findings.append(fail(f"GPU {gpu.index} is {gpu.name}", leave))
     if len(set(names)) > 1:
-        findings.append(warn("different GPUs: " + ", ".join(sorted(set(names))), "ask for one kind"))
+        findings.append(
+            warn(
+                "different GPUs: " + ", ".join(sorted(set(names))),
+                "ask Slurm for one kind: --gres=gpu:KIND:N, or --constraint",
+            )
+        )
     kinds = ", ".join(dict.fromkeys(names))
     return result(name, findings, f"{found} × {kinds}", wanted)
 
@@ -108,15 +127,20 @@ def recovery(node: Node, expected: Expectations) -> list[CheckResult]:
         action = gpu.recovery_action
         if isinstance(action, Unread):
             if action.problem is Problem.UNSUPPORTED and _driver_before(node, FIRST_DRIVER_WITH_ACTION):
-                findings.append(warn(f"driver {node.gpus.driver} gives no verdict", "drivers from 570 on do"))
+                findings.append(
+                    warn(
+                        f"driver {node.gpus.driver} gives no verdict",
+                        "drivers from 570 on do; the other gpu checks say what they see",
+                    )
+                )
             else:
                 findings.append(blind(action, f"GPU {gpu.index}"))
         elif action:
             wanted = RECOVERY_ACTIONS.get(action, f"action {action}")
             findings.append(
-                fail(f"GPU {gpu.index} ({gpu.bus_id}) wants: {wanted}", f"{wanted}, by an administrator")
+                fail(f"GPU {gpu.index} ({gpu.bus_id}) wants: {wanted}", by_administrator(f"do it: {wanted}"))
             )
-    return result(name, findings, f"none on {len(gpus)} GPUs", "none")
+    return result(name, findings, f"none on {counted(len(gpus), 'GPU')}", "none")
 
 
 @check(
@@ -133,10 +157,10 @@ def ecc(node: Node, expected: Expectations) -> list[CheckResult]:
     findings = []
     for gpu in gpus:
         limits = (
-            (gpu.ecc_volatile_uncorrected, 1, fail, "uncorrected errors since the driver was loaded"),
-            (gpu.sram_uncorrected, SRAM_UNCORRECTED_LIMIT, fail, "uncorrected SRAM errors in its life"),
-            (gpu.sram_corrected, SRAM_CORRECTED_LIMIT + 1, warn, "corrected SRAM errors"),
-            (gpu.dram_corrected, DRAM_CORRECTED_LIMIT + 1, warn, "corrected DRAM errors"),
+            (gpu.ecc_volatile_uncorrected, 1, fail, "uncorrected error", " since the driver was loaded"),
+            (gpu.sram_uncorrected, SRAM_UNCORRECTED_LIMIT, fail, "uncorrected SRAM error", " in its life"),
+            (gpu.sram_corrected, SRAM_CORRECTED_LIMIT + 1, warn, "corrected SRAM error", ""),
+            (gpu.dram_corrected, DRAM_CORRECTED_LIMIT + 1, warn, "corrected DRAM error", ""),
         )
         if _has_no_ecc(gpu):
             findings.append(warn(f"GPU {gpu.index} ({gpu.name}) has no ECC", "wrong results stay unseen"))
@@ -146,14 +170,20 @@ def ecc(node: Node, expected: Expectations) -> list[CheckResult]:
                 warn(f"GPU {gpu.index}: ECC is off", "an administrator turns it on: nvidia-smi -e 1")
             )
             continue
-        for value, limit, verdict, what in limits:
+        for value, limit, verdict, what, when in limits:
             if isinstance(value, Unread):
+                if _is_before(gpu, TURING) and value.problem is Problem.UNSUPPORTED:
+                    continue  # nvml.h, nvmlMemoryLocation_t: SRAM and DRAM are told apart since Turing
                 findings.append(blind(value, f"GPU {gpu.index}"))
             elif value >= limit:
                 findings.append(
-                    verdict(f"GPU {gpu.index}: {value} {what}", "GPU reset; replace it if they return")
+                    verdict(
+                        f"GPU {gpu.index}: {counted(value, what)}{when}", by_administrator("reset the GPU")
+                    )
                 )
-    return result(name, findings, f"no uncorrected error on {len(gpus)} GPUs", "no uncorrected error")
+    return result(
+        name, findings, f"no uncorrected error on {counted(len(gpus), 'GPU')}", "no uncorrected error"
+    )
 
 
 @check(
@@ -173,6 +203,9 @@ def remap(node: Node, expected: Expectations) -> list[CheckResult]:
         if isinstance(rows, Unread):
             if _has_no_ecc(gpu):
                 findings.append(warn(f"GPU {gpu.index} ({gpu.name}) has no ECC", "nothing to remap"))
+            elif _is_before(gpu, AMPERE) and rows.problem is Problem.UNSUPPORTED:
+                text = f"GPU {gpu.index} ({gpu.name}) is older than row remapping"
+                findings.append(warn(text, "gpu.ecc has what there is to know of its memory"))
             elif gpu.mig == 1 and rows.problem is Problem.UNSUPPORTED:
                 findings.append(
                     warn(f"GPU {gpu.index} is in MIG mode, which hides it", "ask an administrator")
@@ -181,12 +214,13 @@ def remap(node: Node, expected: Expectations) -> list[CheckResult]:
                 findings.append(blind(rows, f"GPU {gpu.index}"))
             continue
         if rows.failed:
-            findings.append(fail(f"GPU {gpu.index}: a remap has failed", "replace the GPU"))
+            findings.append(fail(f"GPU {gpu.index}: a remap has failed", by_administrator("replace the GPU")))
         if rows.pending:
-            findings.append(fail(f"GPU {gpu.index}: a remap is pending", "reset the GPU"))
+            findings.append(fail(f"GPU {gpu.index}: a remap is pending", by_administrator("reset the GPU")))
         if rows.uncorrectable > REMAPPED_LIMIT:
-            findings.append(fail(f"GPU {gpu.index}: {rows.uncorrectable} rows remapped", "replace the GPU"))
-    return result(name, findings, f"none pending on {len(gpus)} GPUs", "none pending, none failed")
+            text = f"GPU {gpu.index}: {counted(rows.uncorrectable, 'row')} remapped"
+            findings.append(fail(text, by_administrator("replace the GPU")))
+    return result(name, findings, f"none pending on {counted(len(gpus), 'GPU')}", "none pending, none failed")
 
 
 @check(
@@ -215,14 +249,18 @@ def repair(node: Node, expected: Expectations) -> list[CheckResult]:
             elif answer.problem not in (Problem.UNSUPPORTED, Problem.NOT_RECORDED):
                 findings.append(blind(answer, f"GPU {gpu.index}"))
         if gpu.sram_threshold == 1:
-            findings.append(fail(f"GPU {gpu.index}: more SRAM errors than NVIDIA allows", "replace the GPU"))
+            text = f"GPU {gpu.index}: more SRAM errors than NVIDIA allows"
+            findings.append(fail(text, by_administrator("replace the GPU")))
         if isinstance(gpu.repairs_pending, tuple) and gpu.repairs_pending:
             what = " and ".join(gpu.repairs_pending)
-            findings.append(fail(f"GPU {gpu.index}: a {what} repair is pending", "reset the GPU"))
+            findings.append(
+                fail(f"GPU {gpu.index}: a {what} repair is pending", by_administrator("reset the GPU"))
+            )
         if gpu.unrepairable == 1:
-            findings.append(fail(f"GPU {gpu.index}: memory that cannot be repaired", "replace the GPU"))
+            text = f"GPU {gpu.index}: memory that cannot be repaired"
+            findings.append(fail(text, by_administrator("replace the GPU")))
     return (
-        result(name, findings, f"none pending on {len(gpus)} GPUs", "none pending")
+        result(name, findings, f"none pending on {counted(len(gpus), 'GPU')}", "none pending")
         if told or findings
         else []
     )
@@ -245,7 +283,7 @@ def xid(node: Node, expected: Expectations) -> list[CheckResult]:
         if not any(x.number == 79 and address.startswith(x.address) for x in known)
     ]
     findings += [
-        fail(f"GPU {address} has fallen off the bus", "reboot the node: leave it out") for address in gone
+        fail(f"GPU {address} has fallen off the bus", by_administrator("reboot the node")) for address in gone
     ]
     findings += [
         warn(f"the driver could not start GPU {address}", "is it there now? gpu.count and gpu.bus say")
@@ -259,13 +297,17 @@ def xid(node: Node, expected: Expectations) -> list[CheckResult]:
 def _xid_finding(one: Xid, node: Node) -> Finding:
     times = f" ({one.count} times)" if one.count > 1 else ""
     text = f"Xid {one.number} on {one.address}{times}"
+    if one.action == "unknown":
+        return blind(Unread(Problem.ERROR, f"{text}: neither fatal nor non-fatal: {shortened(one.text)}"))
     if one.action is None or one.action == "watch":
-        return warn(text, "look at the application; a GPU that repeats it is suspect")
+        return warn(
+            text, WATCHED.get(one.number, "look at the application; a GPU that repeats it is suspect")
+        )
     if one.action == "reset" and (one.healed or _driver_says_healthy(one, node)):
         # The log keeps what a reset has healed long ago; the driver knows better where it has a verdict.
         return warn(f"{text}, and the driver asks for nothing any more", "watch it")
     what = {"reset": "reset that GPU", "reboot": "reboot the node", "isolate": "isolate the node"}[one.action]
-    return fail(text, f"{what}: leave the node out until an administrator did")
+    return fail(text, f"{what}: leave the node out until an administrator has done so")
 
 
 def _driver_says_healthy(one: Xid, node: Node) -> bool:
@@ -287,19 +329,28 @@ def bus(node: Node, expected: Expectations) -> list[CheckResult]:
     findings = []
     devices = [] if isinstance(node.pci, Unread) else [device for device in node.pci if is_gpu(device)]
     findings += [
-        fail(f"{one.address} reads as ones", "reboot the node") for one in devices if one.fallen is True
+        fail(f"{one.address} reads as ones", by_administrator("reboot the node"))
+        for one in devices
+        if one.fallen is True
     ]
     findings += [blind(one.fallen, one.address) for one in devices if isinstance(one.fallen, Unread)]
     if not isinstance(node.acs, Unread):
-        findings += [fail(f"{one} is shown as rev ff", "reboot the node") for one in node.acs.fallen]
+        findings += [
+            fail(f"{one} is shown as rev ff", by_administrator("reboot the node")) for one in node.acs.fallen
+        ]
     if isinstance(gpus, list):
         return result(name, findings, "", "every GPU answers") if findings and expected.gpus != 0 else gpus
     for gpu in gpus:
         for code in gpu.lost:
-            findings.append(fail(f"GPU {gpu.index}: {LOST[code]}", "reboot the node"))
+            findings.append(fail(f"GPU {gpu.index}: {LOST[code]}", by_administrator("reboot the node")))
         if not gpu.lost and isinstance(gpu.bus_id, Unread):
             findings.append(blind(gpu.bus_id, f"GPU {gpu.index}"))
-    return result(name, findings, f"{len(gpus)} GPUs answer", "every GPU answers")
+    return result(
+        name,
+        findings,
+        f"{counted(len(gpus), 'GPU')} answering",
+        "every GPU answers",
+    )
 
 
 @check(
@@ -325,9 +376,12 @@ def throttle(node: Node, expected: Expectations) -> list[CheckResult]:
             for bit, what in table.items():
                 if gpu.clock_reasons & bit:
                     findings.append(
-                        verdict(f"GPU {gpu.index}: {what}", "cooling or power supply of the node")
+                        verdict(
+                            f"GPU {gpu.index}: {what}",
+                            by_administrator("look at the node's cooling and power supply"),
+                        )
                     )
-    return result(name, findings, f"no slowdown on {len(gpus)} GPUs", "no slowdown")
+    return result(name, findings, f"no slowdown on {counted(len(gpus), 'GPU')}", "no slowdown")
 
 
 @check(
@@ -352,19 +406,26 @@ def temperature(node: Node, expected: Expectations) -> list[CheckResult]:
             left = limit - gpu.temperature
         if left <= 0:
             findings.append(
-                fail(f"GPU {gpu.index}: {gpu.temperature} C, at its limit", "cooling of the node")
+                fail(
+                    f"GPU {gpu.index}: {gpu.temperature} C, at its limit",
+                    by_administrator("look at the node's cooling"),
+                )
             )
         elif left <= MARGIN_WARN:
-            findings.append(warn(f"GPU {gpu.index}: {gpu.temperature} C, {left} below its limit", "cooling"))
+            findings.append(warn(f"GPU {gpu.index}: {gpu.temperature} C, {left} below its limit", COOLING))
         memory = gpu.memory_temperature
         if isinstance(memory, int) and memory >= MEMORY_HOT_WARN:
-            findings.append(warn(f"GPU {gpu.index}: memory at {memory} C", "cooling"))
+            findings.append(warn(f"GPU {gpu.index}: memory at {memory} C", COOLING))
     hottest = max((gpu.temperature for gpu in gpus if isinstance(gpu.temperature, int)), default=0)
     return result(name, findings, f"at most {hottest} C", f"over {MARGIN_WARN} C below the limit")
 
 
 def _has_no_ecc(gpu: Gpu) -> bool:
     return isinstance(gpu.ecc, Unread) and gpu.ecc.problem is Problem.UNSUPPORTED
+
+
+def _is_before(gpu: Gpu, architecture: int) -> bool:
+    return isinstance(gpu.architecture, int) and gpu.architecture < architecture
 
 
 def _driver_before(node: Node, first: int) -> bool:

@@ -13,7 +13,7 @@ from checks.expectations import Expectations
 from checks.facts import Gpu, Node
 from checks.findings import Finding, blind, fail, result
 from checks.judge_gpu import gpus_of
-from checks.reading import Unread
+from checks.reading import Unread, counted
 from checks.registry import check
 from checks.verdict import CheckResult, Verdict
 
@@ -63,7 +63,7 @@ def own_gpus(node: Node, gpus: tuple[Gpu, ...], expected: Expectations) -> Own:
         return Own(gpus, "the job asks for as many as are seen")
     if visible is not None:
         return Own((), not_judged=f"CUDA_VISIBLE_DEVICES={visible} names no GPU that NVML knows")
-    return Own((), not_judged=f"which of the {len(gpus)} GPUs are this job's, no variable says")
+    return Own((), not_judged=f"which of the {counted(len(gpus), 'GPU')} are this job's, no variable says")
 
 
 def _named(words: str, gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
@@ -85,7 +85,11 @@ def _unjudged(name: str, own: Own, expected: str) -> CheckResult:
 
 
 def _healthy(own: Own, count: int, text: str) -> str:
-    return f"{text} on {len(own.gpus)} of {count} GPUs, this job's: {own.told_by}" if own.told_by else text
+    return (
+        f"{text} on {len(own.gpus)} of {counted(count, 'GPU')}, this job's: {own.told_by}"
+        if own.told_by
+        else text
+    )
 
 
 @check(

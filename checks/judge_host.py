@@ -7,7 +7,7 @@ from checks.facts import FileSystem, Node
 from checks.findings import Finding, blind, fail, result, warn
 from checks.hostlist import folded
 from checks.judge_rdma import without_rdma
-from checks.reading import Problem, Unread
+from checks.reading import Problem, Unread, counted
 from checks.registry import check
 from checks.verdict import CheckResult, Verdict
 
@@ -126,7 +126,11 @@ def clock_sync(node: Node, expected: Expectations) -> list[CheckResult]:
     synchronized = node.host.clock_synchronized
     if isinstance(synchronized, Unread):
         return result(name, [blind(synchronized)], "", "synchronized")
-    findings = [] if synchronized else [warn("not synchronized", "start chronyd or systemd-timesyncd")]
+    findings = (
+        []
+        if synchronized
+        else [warn("not synchronized", "ask an administrator to start chronyd or systemd-timesyncd")]
+    )
     return result(name, findings, "synchronized", "synchronized")
 
 
@@ -155,9 +159,11 @@ def space(node: Node, expected: Expectations) -> list[CheckResult]:
         elif one.free < FREE_WARN:
             findings.append(warn(f"{one.path}: {one.free >> 20} MiB free", "remove what is not needed"))
         # File systems without a fixed number of inodes (btrfs, many parallel ones) say 0 of 0.
-        counted = isinstance(one.inodes, int) and one.inodes > 0
-        if counted and isinstance(one.inodes_free, int) and one.inodes_free < INODES_LEAST:
-            findings.append(fail(f"{one.path}: {one.inodes_free} inodes free", "remove small files"))
+        limited = isinstance(one.inodes, int) and one.inodes > 0
+        if limited and isinstance(one.inodes_free, int) and one.inodes_free < INODES_LEAST:
+            findings.append(
+                fail(f"{one.path}: {counted(one.inodes_free, 'inode')} free", "remove small files")
+            )
     shown = ", ".join(f"{one.path} {one.free >> 30} GiB" for one in folders if isinstance(one.free, int))
     return (
         result(name, findings, shown, f"at least {FREE_WARN >> 30} GiB free")
@@ -193,7 +199,7 @@ def write(node: Node, expected: Expectations) -> list[CheckResult]:
                 warn(f"{one.path}: {took:.1f} s for 4 KiB", "a loaded server; checkpoints will wait")
             )
     slowest = max((one.written for one in folders if isinstance(one.written, float)), default=0.0)
-    shown = f"{len(folders)} folders, at most {slowest * 1000:.0f} ms"
+    shown = f"{counted(len(folders), 'folder')}, at most {slowest * 1000:.0f} ms"
     return result(name, findings, shown, f"under {SLOW_WRITE:g} s") if folders else _nothing_asked(name)
 
 
@@ -236,7 +242,7 @@ def resolve(node: Node, expected: Expectations) -> list[CheckResult]:
             findings.append(
                 warn(f"{host} is {addresses[0]}", "other nodes cannot reach it there: /etc/hosts")
             )
-    return result(name, findings, f"{len(resolved)} names", "addresses")
+    return result(name, findings, counted(len(resolved), "name"), "addresses")
 
 
 @check(

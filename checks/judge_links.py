@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from checks.expectations import Expectations
 from checks.facts import Gpu, Node
-from checks.findings import Finding, blind, fail, result, warn
+from checks.findings import Finding, blind, by_administrator, fail, result, warn
 from checks.judge_gpu import gpus_of, without_gpus
-from checks.reading import Problem, Unread, shortened
+from checks.reading import Problem, Unread, counted, shortened
 from checks.registry import check
 from checks.sxid import GUIDE, Sxid, strange_sxids, sxids
 from checks.verdict import CheckResult
@@ -91,20 +91,23 @@ def links(node: Node, expected: Expectations) -> list[CheckResult]:
             findings.append(blind(unreadable[0], f"GPU {gpu.index}"))
         elif len(up) < wanted and (known or up):
             down = [str(link.link) for link in gpu.nvlinks if link.active is False]
-            text = f"GPU {gpu.index}: {len(up)} of {wanted} links up" + (
+            text = f"GPU {gpu.index}: {len(up)} of {counted(wanted, 'link')} up" + (
                 f", down: {' '.join(down)}" if down else ""
             )
-            findings.append(fail(text, "reset the GPU or reseat it: leave this node out"))
+            findings.append(fail(text, by_administrator("reset the GPU or reseat it")))
         for link in up:
             if isinstance(link.speed, Unread):
                 findings.append(blind(link.speed, f"GPU {gpu.index} link {link.link}"))
             elif known and link.speed < known[1]:
                 findings.append(
-                    fail(f"GPU {gpu.index} link {link.link}: {link.speed / 1000:g} GB/s", "reset the GPU")
+                    fail(
+                        f"GPU {gpu.index} link {link.link}: {link.speed / 1000:g} GB/s",
+                        by_administrator("reset the GPU"),
+                    )
                 )
     first = expected_links(gpus[0])
     wish = f"{first[0]} × {first[1] / 1000:g} GB/s" if first else "all links up"
-    return result(name, findings, f"all up on {len(gpus)} GPUs", wish)
+    return result(name, findings, f"all up on {counted(len(gpus), 'GPU')}", wish)
 
 
 @check(
@@ -132,9 +135,12 @@ def errors(node: Node, expected: Expectations) -> list[CheckResult]:
                 ][:1]
             elif after > before:
                 findings.append(
-                    fail(f"GPU {gpu.index} link {link.link}: {after - before} new errors", "reseat it")
+                    fail(
+                        f"GPU {gpu.index} link {link.link}: {counted(after - before, 'new error')}",
+                        by_administrator("reseat the GPU"),
+                    )
                 )
-    return result(name, findings, f"none new on {len(gpus)} GPUs", "no growth") if gpus else []
+    return result(name, findings, f"none new on {counted(len(gpus), 'GPU')}", "no growth") if gpus else []
 
 
 @check(
@@ -153,7 +159,7 @@ def fabric(node: Node, expected: Expectations) -> list[CheckResult]:
     if not gpus or (len(states) == len(gpus) and not any(states)):
         return []  # no NVSwitch in this node, says every GPU
     findings: list[Finding] = []
-    restart = "restart nvidia-fabricmanager, then reset the GPUs"
+    restart = by_administrator("restart nvidia-fabricmanager, then reset the GPUs")
     for gpu in gpus:
         info = gpu.fabric
         if isinstance(info, Unread):
@@ -174,7 +180,7 @@ def fabric(node: Node, expected: Expectations) -> list[CheckResult]:
                 findings.append(fail(f"GPU {gpu.index}: incorrect configuration", restart))
         if info.summary in SUMMARY:
             findings.append(fail(f"GPU {gpu.index}: health is {SUMMARY[info.summary]}", restart))
-    return result(name, findings, f"completed on {len(gpus)} GPUs", "completed, success")
+    return result(name, findings, f"completed on {counted(len(gpus), 'GPU')}", "completed, success")
 
 
 def _before_fabric(gpu: Gpu) -> bool:
@@ -200,7 +206,7 @@ def switches(node: Node, expected: Expectations) -> list[CheckResult]:
 def _switch_finding(one: Sxid) -> Finding:
     links = f" link {' '.join(map(str, one.links))}" if one.links else ""
     text = f"SXid {one.number} on {one.switch}{links}" + (f" ({one.count} times)" if one.count > 1 else "")
-    until = "leave the node out until an administrator did"
+    until = "leave the node out until an administrator has done so"
     if one.action == "reboot":
         return fail(f"{text}, fatal to the whole fabric", f"reboot the node: {until}")
     if one.action == "reset":

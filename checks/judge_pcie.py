@@ -12,7 +12,7 @@ from checks.facts import Node, PciDevice
 from checks.findings import Finding, blind, fail, result, warn
 from checks.judge_gpu import IDLE, gpus_of, without_gpus
 from checks.kernel_log import limited_links
-from checks.reading import Problem, Unread, shortened
+from checks.reading import Problem, Unread, counted, shortened
 from checks.registry import check
 from checks.verdict import CheckResult, Verdict
 
@@ -49,7 +49,7 @@ def pcie_gpu(node: Node, expected: Expectations) -> list[CheckResult]:
                     verdict(f"GPU {gpu.index}: PCIe {what} {now} of {most}", "reseat it, or its riser")
                 )
     shown = next((f"generation {gpu.pcie_generation} × {gpu.pcie_width}" for gpu in gpus), "")
-    return result(name, findings, f"{shown} on {len(gpus)} GPUs", "full width and generation")
+    return result(name, findings, f"{shown} on {counted(len(gpus), 'GPU')}", "full width and generation")
 
 
 @check(
@@ -83,7 +83,12 @@ def pcie_path(node: Node, expected: Expectations) -> list[CheckResult]:
         hidden = isinstance(end.width, Unread) and end.width.problem is Problem.MISSING
         if isinstance(end.width, Unread) and not (hidden and node.host.virtual is True):
             findings.append(blind(end.width, end.address))
-    return result(name, findings, f"{len(ends)} devices at their best", "width and speed of both ends")
+    return result(
+        name,
+        findings,
+        f"{counted(len(ends), 'device')} at {'its' if len(ends) == 1 else 'their'} best",
+        "width and speed of both ends",
+    )
 
 
 def _link_findings(upper: PciDevice | None, lower: PciDevice) -> list[Finding]:
@@ -194,9 +199,10 @@ def _error_finding(
     if severity == "corrected":
         now = f", {grown} of them while it was watched" if grown else ""
         return warn(
-            f"{address}: {count} corrected errors{now}", "cable, riser or slot; compare with the other nodes"
+            f"{address}: {counted(count, 'corrected error')}{now}",
+            "cable, riser or slot; compare with the other nodes",
         )
-    text = f"{address}: {count} uncorrectable errors ({severity})"
+    text = f"{address}: {counted(count, 'uncorrectable error')} ({severity})"
     if ours is not None and address not in ours:
         return warn(f"{text}, which is on no way to a GPU or RDMA adapter", "look at that device")
     return fail(text, "cable, riser or slot: leave this node out")
@@ -244,13 +250,13 @@ def acs(node: Node, expected: Expectations) -> list[CheckResult]:
     findings = []
     if node.acs.enabled:
         enabled, more = node.acs.enabled[:16], len(node.acs.enabled) - 16
-        text = f"on at {len(node.acs.enabled)} bridges: {' '.join(enabled)}" + (
+        text = f"on at {counted(len(node.acs.enabled), 'bridge')}: {' '.join(enabled)}" + (
             f" and {more} more" if more > 0 else ""
         )
         findings.append(
             warn(text, "off in the firmware, or setpci -s BRIDGE ECAP_ACS+0x6.w=0000, by an administrator")
         )
-    return result(name, findings, f"off at {node.acs.bridges} bridges", wish)
+    return result(name, findings, f"off at {counted(node.acs.bridges, 'bridge')}", wish)
 
 
 @check(

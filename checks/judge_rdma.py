@@ -8,10 +8,10 @@ from checks.collect_network import EFA_PROVIDER
 from checks.collect_pci import is_for_rdma, is_gpu
 from checks.expectations import Expectations
 from checks.facts import Counter, Node, RdmaDevice, RdmaPort
-from checks.findings import Finding, blind, fail, result, warn
+from checks.findings import Finding, blind, by_administrator, fail, result, warn
 from checks.judge_gpu import without_gpus
 from checks.kernel_log import invalid_contexts
-from checks.reading import Problem, Unread
+from checks.reading import Problem, Unread, counted
 from checks.registry import check
 from checks.selectors import nccl_selector
 from checks.verdict import CheckResult, Verdict
@@ -79,7 +79,7 @@ def devices(node: Node, expected: Expectations) -> list[CheckResult]:
     findings = []
     if count < (expected.rails or 1):
         findings.append(
-            fail(f"{count} of {len(found)} RDMA devices", "leave this node out, or say --rails=N")
+            fail(f"{count} of {counted(len(found), 'RDMA device')}", "leave this node out, or say --rails=N")
         )
     return result(name, findings, f"{count}: {' '.join(device.name for device in found)}", wish)
 
@@ -126,11 +126,11 @@ def port_state(node: Node, expected: Expectations) -> list[CheckResult]:
         # Enough rails are up; what else is not plugged in is not this job's.
         findings = [warn(one.text, one.remedy) if one.verdict is Verdict.FAIL else one for one in findings]
     elif expected.rails and not findings:
-        findings.append(fail(f"{up} of {expected.rails} rails are active", "leave this node out"))
+        findings.append(fail(f"{up} of {counted(expected.rails, 'rail')} active", "leave this node out"))
     findings += others
     if not ports:
         findings.append(fail("no port of this fabric", "leave this node out"))
-    return result(name, findings, f"{up} ports active", "4: ACTIVE, 5: LinkUp")
+    return result(name, findings, f"{counted(up, 'port')} active", "4: ACTIVE, 5: LinkUp")
 
 
 def _is_named(node: Node, port: RdmaPort) -> bool:
@@ -211,7 +211,9 @@ def counters(node: Node, expected: Expectations) -> list[CheckResult]:
         if without or not names:
             findings.append(blind(Unread(Problem.MISSING, "no counters"), f"{port.device}:{port.port}"))
     seconds = max((one.seconds for port in ports for one in port.counters), default=0.0)
-    return result(name, findings, f"no growth in {seconds:.1f} s on {len(ports)} ports", "no growth")
+    return result(
+        name, findings, f"no growth in {seconds:.1f} s on {counted(len(ports), 'port')}", "no growth"
+    )
 
 
 def _growth(counter: Counter, where: str) -> list[Finding]:
@@ -258,9 +260,16 @@ def flap(node: Node, expected: Expectations) -> list[CheckResult]:
             ][:1]
         elif after > before:
             findings.append(
-                fail(f"{one.name}: {after - before} carrier changes", "cable, transceiver or switch port")
+                fail(
+                    f"{one.name}: {counted(after - before, 'carrier change')}",
+                    "cable, transceiver or switch port",
+                )
             )
-    return result(name, findings, f"no change on {len(watched)} interfaces", "no change") if watched else []
+    return (
+        result(name, findings, f"no change on {counted(len(watched), 'interface')}", "no change")
+        if watched
+        else []
+    )
 
 
 @check("rdma.verbs", reads=["list /dev/infiniband"], source="drivers/infiniband/core/uverbs_main.c")
@@ -275,9 +284,9 @@ def verbs(node: Node, expected: Expectations) -> list[CheckResult]:
         return result(name, [blind(files, "/dev/infiniband")], "", "uverbs files")
     findings = []
     if len(files) < len(found):
-        text = f"{len(files)} uverbs files for {len(found)} devices"
+        text = f"{counted(len(files), 'uverbs file')} for {counted(len(found), 'device')}"
         findings.append(fail(text, "load ib_uverbs; hand /dev/infiniband on to the container"))
-    return result(name, findings, f"{len(files)} uverbs files", f"{len(found)} uverbs files")
+    return result(name, findings, counted(len(files), "uverbs file"), counted(len(found), "uverbs file"))
 
 
 # --- EFA --------------------------------------------------------------------------------------------------
@@ -305,7 +314,7 @@ def libfabric(node: Node, expected: Expectations) -> list[CheckResult]:
     if not EFA_PROVIDER.search(said):
         remedy = "install the EFA software into the container"
         findings.append(fail(f"{tool} names no provider efa", remedy))
-    return result(name, findings, f"{len(domains)} domains, says {tool}", "provider: efa")
+    return result(name, findings, f"{counted(len(domains), 'domain')}, says {tool}", "provider: efa")
 
 
 # --- GPUDirect RDMA ---------------------------------------------------------------------------------------
@@ -331,7 +340,7 @@ def gpudirect(node: Node, expected: Expectations) -> list[CheckResult]:
     if not working:
         findings = [blind(works, way) for way, works in ways if isinstance(works, Unread)]
         findings = findings or [
-            fail("neither nvidia_peermem nor dma-buf", "modprobe nvidia_peermem, by an administrator")
+            fail("neither nvidia_peermem nor dma-buf", by_administrator("modprobe nvidia_peermem"))
         ]
     return result(name, findings, " and ".join(working), "nvidia_peermem or dma-buf")
 
@@ -347,7 +356,12 @@ def gpudirect_log(node: Node, expected: Expectations) -> list[CheckResult]:
         return result(name, [blind(log, "kernel log")], "", "no invalid context")
     times = invalid_contexts(log)
     findings = (
-        [fail(f"invalid context, {times} times", "reload nvidia_peermem, or reboot the node")]
+        [
+            fail(
+                f"invalid context, {counted(times, 'time')}",
+                by_administrator("reload nvidia_peermem, or reboot the node"),
+            )
+        ]
         if times
         else []
     )
@@ -386,7 +400,9 @@ def affinity(node: Node, expected: Expectations) -> list[CheckResult]:
                 warn(f"{gpu.address} on NUMA node {gpu.numa_node} has none", "its traffic crosses the CPUs")
             )
     return (
-        result(name, findings, f"{len(gpus)} GPUs, RDMA on NUMA nodes {sorted(near)}", wish) if gpus else []
+        result(name, findings, f"{counted(len(gpus), 'GPU')}, RDMA on NUMA nodes {sorted(near)}", wish)
+        if gpus
+        else []
     )
 
 

@@ -7,7 +7,7 @@ import json
 from checks.expectations import Expectations
 from checks.facts import Interface, Node, RdmaPort
 from checks.findings import Finding, blind, fail, result, warn
-from checks.reading import Problem, Unread
+from checks.reading import Problem, Unread, counted
 from checks.registry import check
 from checks.verdict import CheckResult
 
@@ -64,7 +64,7 @@ def gid(node: Node, expected: Expectations) -> list[CheckResult]:
             common = set(indexes) if common is None else common & set(indexes)
     if not findings and not common:
         findings.append(fail("no index is RoCE v2 on all ports", "NCCL_IB_GID_INDEX cannot name one for all"))
-    shown = f"index {min(common)} on {len(ports)} ports" if common else ""
+    shown = f"index {min(common)} on {counted(len(ports), 'port')}" if common else ""
     return result(name, findings, shown, "one RoCE v2 IPv4 index")
 
 
@@ -118,7 +118,9 @@ def priority_flow(node: Node, expected: Expectations) -> list[CheckResult]:
             findings.append(
                 warn(f"{one.name}: PFC is off", "lossy RoCE is slow under load unless ECN is tuned for it")
             )
-    return result(name, findings, f"on at {len(interfaces)} interfaces", "on") if interfaces else []
+    return (
+        result(name, findings, f"on at {counted(len(interfaces), 'interface')}", "on") if interfaces else []
+    )
 
 
 def _roce_interfaces(node: Node, expected: Expectations) -> list[Interface] | Unread:

@@ -11,21 +11,24 @@ from typing import Literal
 
 from checks import aer
 
-Action = Literal["isolate", "reboot", "reset", "watch"]
+Action = Literal["isolate", "reboot", "reset", "watch", "unknown"]
 
 ACTIONS: dict[int, Action] = {
     54: "isolate",
     **dict.fromkeys((79, 151, 168), "reboot"),
     **dict.fromkeys((46, 48, 62, 64, 74, 95, 109, 110, 119, 120, 136, 140, 143, 155, 156, 158), "reset"),
+    **dict.fromkeys((167, 169, 171, 172), "reset"),
     **dict.fromkeys((13, 31, 43, 63, 92, 94), "watch"),
 }
 """What NVIDIA's Xid catalogue (docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html) asks for. 48 and 74 have
-workflows that begin with a reset. 154 says it in its own text, and 144 to 150 whether they are fatal."""
+workflows that begin with a reset. 154 says it in its own text, and 144 to 150 whether they are fatal. For the last
+four it names no action: 171 and 172 are what 48 is and tell DRAM from SRAM, 167 is a fatal time-out on PCIe as 158 is
+one of the GPU, 169 halts a micro-controller as 62 does."""
 
 NVLINK5 = range(144, 151)
 """`NVRM: Xid (PCI:0018:01:00): 149, NETIR_LINK_EVT Fatal XC0 i0 Link 08 (0x004505c6 …)`: what the catalogue's decoding
 table calls fatal wants a reset, what it calls non-fatal nothing at once."""
-FATAL = re.compile(r"(?<!non)(?<!non-)\bfatal\b", re.IGNORECASE)
+FATAL = re.compile(r"\b(non[- ]?)?fatal\b", re.IGNORECASE)
 
 XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)(?: [^)]*)?\): (\d+),? ?(.*)")
 """kernel-open/nvidia/nv.c and nvidia-modeset print through `NVRM: Xid (PCI:%04x:%02x:%02x): %d, …`; where an instance
@@ -39,8 +42,15 @@ three lines, `NVRM: The NVIDIA GPU 0000:b3:00.0`, `NVRM: (PCI ID: 10de:26b5) ins
 `NVRM: fallen off the bus and is not responding to commands.` (kernel-open/nvidia/nv.c, nv-pci.c; NVSentinel#155)."""
 FALLEN_LINES = 3
 
-NOT_STARTED = re.compile(r"NVRM: GPU (?:PCI:)?([0-9a-fA-F:.]+): RmInitAdapter failed")
-"""kernel-open/nvidia/nv.c, nv_start_device: `NVRM: GPU 0000:9b:00.0: RmInitAdapter failed! (0x62:0x55:1860)`."""
+NOT_STARTED = re.compile(
+    r"(?:NVRM: GPU (?:PCI:)?(?=\S+: (?:RmInitAdapter|rm_init_adapter) failed)"
+    r"|nvidia: probe of (?=\S+ failed with error)|nvidia (?=\S+: probe with driver nvidia failed with error))"
+    r"([0-9a-fA-F:.]+[0-9a-fA-F])"
+)
+"""kernel-open/nvidia/nv.c, nv_start_device: `NVRM: GPU 0000:9b:00.0: RmInitAdapter failed! (0x62:0x55:1860)` and
+`…: rm_init_adapter failed, device minor number 3`. Or the kernel itself (drivers/base/dd.c, call_driver_probe), before
+and since 6.6: `nvidia: probe of 0000:9b:00.0 failed with error -1`, `nvidia 0000:9b:00.0: probe with driver nvidia
+failed with error -1`."""
 
 LIMITED = re.compile(
     r"(\S+) ([0-9a-f:]+\.[0-7]):? ?(?:\S* )?[\d.]+ Gb/s available PCIe bandwidth, limited by (.*)"
@@ -120,7 +130,10 @@ def not_started(log: str) -> list[str]:
 
 def action_of(number: int, text: str) -> Action | None:
     if number in NVLINK5:
-        return "reset" if FATAL.search(text) else "watch"
+        severity = FATAL.search(text)
+        if severity is None:
+            return "unknown"
+        return "watch" if severity[1] else "reset"
     if number != 154:
         return ACTIONS.get(number)
     # `GPU recovery action changed from 0x0 (None) to 0x2 (Node Reboot Required)`
@@ -131,7 +144,7 @@ def action_of(number: int, text: str) -> Action | None:
         return "reboot"
     if "reset" in said or "drain" in said:
         return "reset"
-    return "watch"
+    return "isolate"  # one that a later driver has: whatever it is, the driver wants something
 
 
 def limited_links(log: str, *drivers: str) -> list[str]:

@@ -11,6 +11,7 @@ import socket
 import time
 from pathlib import Path
 
+from checks.reading import counted
 from checks.verdict import CheckResult, Verdict
 
 CONNECT_SECONDS = 5.0
@@ -28,8 +29,10 @@ def gpus_present(
     try:
         devices = sorted(entry for entry in os.listdir(device_folder) if re.fullmatch(r"nvidia\d+", entry))
     except OSError as error:
-        return CheckResult("gpus", Verdict.UNKNOWN, f"{device_folder}: {error.strerror}", f"{wanted} GPUs")
-    read = f"{len(devices)} device files"
+        return CheckResult(
+            "gpus", Verdict.UNKNOWN, f"{device_folder}: {error.strerror}", counted(wanted, "GPU")
+        )
+    read = counted(len(devices), "device file")
     count = len(devices)
     if visible is not None:
         listed = [item for item in visible.split(",") if item.strip()]
@@ -37,7 +40,7 @@ def gpus_present(
         read += f", CUDA_VISIBLE_DEVICES={visible}"
     verdict = Verdict.PASS if count >= wanted else Verdict.FAIL
     return CheckResult(
-        "gpus", verdict, read, f"at least {wanted} GPUs", "leave this node out: sbatch --exclude"
+        "gpus", verdict, read, f"at least {counted(wanted, 'GPU')}", "leave this node out: sbatch --exclude"
     )
 
 

@@ -238,11 +238,16 @@ def _of_gpu(found: dict[str, Record], index: int, address: str, body: str, tree:
     answer(
         listed(take("MIG Mode/Current", enabled), take("MIG Mode/Pending", enabled)), "nvmlDeviceGetMigMode"
     )
-    field(RECOVERY_ACTION, take("GPU Recovery Action", lambda text: ACTIONS[text.lower()]))
+    field(RECOVERY_ACTION, _recovery(tree))
     field(MEMORY_TEMPERATURE, take("Temperature/Memory Current Temp", first_number))
     ecc = "ECC Errors"
+    before_ampere = tree.get(f"{ecc}/Volatile/Double Bit/Total")
+    uncorrected = _sum(tree, f"{ecc}/Volatile/", "Uncorrectable")
     answer(
-        _sum(tree, f"{ecc}/Volatile/", "Uncorrectable"), "nvmlDeviceGetTotalEccErrors", UNCORRECTED, VOLATILE
+        uncorrected if before_ampere is None else value_of(before_ampere, int),
+        "nvmlDeviceGetTotalEccErrors",
+        UNCORRECTED,
+        VOLATILE,
     )
     for verdict, word in ((UNCORRECTED, "Uncorrectable"), (CORRECTED, "Correctable")):
         for place, name in ((SRAM, "SRAM"), (DRAM, "DRAM")):
@@ -349,6 +354,20 @@ def _sum(tree: Mapping[str, str], start: str, word: str) -> Record:
     return next(
         (one for one in parts if "value" not in one), {"value": sum(one.get("value", 0) for one in parts)}
     )
+
+
+def _recovery(tree: Mapping[str, str]) -> Record:
+    """The driver's verdict. Before 570 there were two questions in its place, and later drivers print them still."""
+    action = value_of(tree.get("GPU Recovery Action"), lambda text: ACTIONS[text.lower()])
+    reset, drain = (
+        value_of(tree.get(f"GPU Reset Status/{name}"), yes)
+        for name in ("Reset Required", "Drain and Reset Recommended")
+    )
+    if not action.get("value") and 1 in (reset.get("value"), drain.get("value")):
+        return {"value": ACTIONS["reset"] if reset.get("value") else ACTIONS["drain and reset"]}
+    if action.get("problem") == Problem.NOT_RECORDED and "value" in reset and "value" in drain:
+        return {"value": ACTIONS["none"]}
+    return action
 
 
 def _reasons(tree: Mapping[str, str]) -> Record:

@@ -93,3 +93,10 @@ def shortened(text: str, most: int = 80) -> str:
     """One line of at most `most` signs, with nothing that a terminal would act on."""
     one = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     return one if len(one) <= most else one[: most - 1] + "…"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 port`, `2 ports`, `2 boxes`: every figure in a report is read by a person."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}{'es' if noun.endswith(('s', 'x', 'ch')) else 's'}"

@@ -13,7 +13,7 @@ from checks.expectations import Expectations
 from checks.judge_active import job_fabric
 from checks.measured import Job, Rank, measured
 from checks.rails import Rail
-from checks.reading import Unread
+from checks.reading import Unread, counted
 
 LEAST = 0.9
 """Share of its own figure that a cluster must reach again; CPUs and plain TCP differ more from hour to hour."""
@@ -55,7 +55,8 @@ def own_baselines(records: Mapping[str, Any], nodes: Sequence[str], expected: Ex
         figures.setdefault((perftest.TOOL, 0), []).append(end.sent)
     gpu = ranks[0].device
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    source = f"python -m checks baseline, {today}, median of {len(ranks)} ranks on {len(nodes)} nodes"
+    how = f"median of {counted(len(ranks), 'rank')} on {counted(len(nodes), 'node')}"
+    source = f"python -m checks baseline, {today}, {how}"
     return [
         Baseline(
             what,

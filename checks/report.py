@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from checks.facts import Node
 from checks.hostlist import folded
 from checks.pairs import Blame
-from checks.reading import shortened
+from checks.reading import counted, shortened
 from checks.verdict import CheckResult, Verdict, worst
 
 COLUMNS = ("check", "verdict", "read", "expected", "what to do")
@@ -62,7 +62,7 @@ def summary(results: Sequence[CheckResult], what: str, seconds: float | None = N
     ]
     took = f" in {seconds:.1f} s" if seconds is not None else ""
     whole, each = worst(r.verdict for r in results).value, ", ".join(counts) or "none"
-    return f"{whole}: {len(results)} checks on {what}{took}: {each}"
+    return f"{whole}: {counted(len(results), 'check')} on {what}{took}: {each}"
 
 
 def costs(node: Node) -> str:
@@ -100,7 +100,7 @@ def nodes_summary(reports: Mapping[str, Sequence[CheckResult]], seconds: float |
     whole = worst(one.verdict for found in reports.values() for one in found)
     bad = [node for node, found in reports.items() if worst(one.verdict for one in found).blocks]
     took = f" in {seconds:.1f} s" if seconds is not None else ""
-    line = f"{whole.value}: {len(reports)} nodes ({folded(reports)}){took}"
+    line = f"{whole.value}: {counted(len(reports), 'node')} ({folded(reports)}){took}"
     return f"{line}\nleave out: sbatch --exclude={folded(bad)}" if bad else line
 
 
@@ -115,7 +115,7 @@ def _merged(groups: Mapping[CheckResult, list[str]]) -> list[tuple[CheckResult, 
             rows += members
             continue
         example, _ = max(members, key=lambda one: len(one[1]))
-        read = f"{len(members)} different readings, as: {example.read}"
+        read = f"{counted(len(members), 'different reading')}, as: {example.read}"
         rows.append((replace(example, read=read), [node for _, nodes in members for node in nodes]))
     return rows
 

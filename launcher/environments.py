@@ -39,9 +39,16 @@ def make_environment(stack: Stack, folder: Path, say: Callable[[str, str], None]
     check_machine(stack, platform.machine(), platform.libc_ver()[1])
     if importlib.util.find_spec("uv") is None:
         raise UserError("uv is not installed here, and it is what installs a lock: make setup brings it")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
-        raise UserError(f"{folder} holds something else than an environment: choose another with into=FOLDER")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").exists():
+            raise UserError(
+                f"{folder} holds something else than an environment: choose another with into=FOLDER"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be made: {error.strerror}: choose another with into=FOLDER"
+        ) from None
     started = time.monotonic()
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two calls at once would install over each other
@@ -52,7 +59,7 @@ def make_environment(stack: Stack, folder: Path, say: Callable[[str, str], None]
         say("python", f"{stack.python} in {folder}")
         _uv(
             folder,
-            f"no Python {stack.python}",
+            f"no Python {stack.python} (install it and put it on PATH: uv finds none and cannot fetch one)",
             "venv",
             "--allow-existing",
             "--python",

@@ -38,6 +38,9 @@ def run(options: argparse.Namespace) -> int:
             )
         return install(options.words[1:])
     fabric, given, taken_away = _asked(options.words)
+    if not (options.root / "sys").is_dir():
+        # Without it nothing would be seen, and that looks like a machine without a network.
+        raise UserError(f"--root={options.root}: no folder sys/ in it")
     with Glance(str(options.root)) as source:
         facts = read_facts(source, node_name(os.environ), os.environ)
     derivation = derive(facts, fabric.kind, given)

@@ -287,7 +287,7 @@ def test_a_node_without_the_gpu_that_slurm_gave_stops_the_job_before_a_task(
         box.down(name)
     assert (record["state"], record["tasks_started"]) == ("failed", None)
     assert re.fullmatch(
-        r"preflight: on all 2 nodes: gpus fail: 0 device files, .*expected at least 1 GPUs; .*",
+        r"preflight: on all 2 nodes: gpus fail: 0 device files, .*expected at least 1 GPU; .*",
         record["reason"],
     )
     assert "preflight: n" in shown

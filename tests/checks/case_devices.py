@@ -15,7 +15,7 @@ LOST = {"problem": "error", "detail": "GPU is lost", "nvml": 15}
 DEVICES: dict[str, Case] = {
     "gpu.count": Case(
         [
-            one(nvml("nvmlDeviceGetCount"), 1, FAIL, "1 GPUs"),
+            one(nvml("nvmlDeviceGetCount"), 1, FAIL, "1 GPU"),
             one(nvml("nvmlDeviceGetName", 1), "NVIDIA A100-SXM4-80GB", FAIL, "GPU 1 is NVIDIA A100"),
             one(nvml("nvmlDeviceGetCount"), "many", UNKNOWN, "not a number"),
         ],
@@ -31,7 +31,7 @@ DEVICES: dict[str, Case] = {
     ),
     "gpu.ecc": Case(
         [
-            one(nvml("nvmlDeviceGetTotalEccErrors", 1, 1, 0), 1, FAIL, "1 uncorrected errors since"),
+            one(nvml("nvmlDeviceGetTotalEccErrors", 1, 1, 0), 1, FAIL, "1 uncorrected error since"),
             one(nvml("nvmlDeviceGetMemoryErrorCounter", 0, 1, 1, 7), 4, FAIL, "SRAM"),
             one(nvml("nvmlDeviceGetMemoryErrorCounter", 0, 0, 1, 7), 10_001, WARN, "corrected SRAM"),
             one(nvml("nvmlDeviceGetMemoryErrorCounter", 0, 0, 1, 2), 20_000_001, WARN, "corrected DRAM"),
@@ -149,7 +149,7 @@ DEVICES: dict[str, Case] = {
         ]
     ),
     "nvlink.errors": Case(
-        [one("nvml_field 1 163 18 @1", [value(3)] * 17 + [value(4)], FAIL, "GPU 1 link 17: 1 new errors")]
+        [one("nvml_field 1 163 18 @1", [value(3)] * 17 + [value(4)], FAIL, "GPU 1 link 17: 1 new error")]
     ),
     "nvlink.fabric": Case(
         [
@@ -185,7 +185,7 @@ DEVICES: dict[str, Case] = {
             log(
                 f"{ADAPTER} AER: PCIe Bus Error: severity=Uncorrected (Fatal), type=Data Link Layer, (Receiver ID)",
                 FAIL,
-                "0000:1a:00.0: 1 uncorrectable errors (fatal)",
+                "0000:1a:00.0: 1 uncorrectable error (fatal)",
             ),
             log(
                 f"{ADAPTER} AER: PCIe Bus Error: severity=Uncorrectable (Non-Fatal), type=Transaction Layer, "
@@ -196,7 +196,7 @@ DEVICES: dict[str, Case] = {
             log(
                 f"{ADAPTER} PCIe Bus Error: severity=Corrected, type=Physical Layer, (Receiver ID)",
                 WARN,
-                "0000:1a:00.0: 1 corrected errors",
+                "0000:1a:00.0: 1 corrected error",
             ),
             log(
                 "[ 9.1] pcieport 0000:17:00.0: DPC: containment event, status:0x1f01 source:0x0000",
@@ -207,7 +207,7 @@ DEVICES: dict[str, Case] = {
                 "[ 9.1] nvme 0000:f0:00.0: AER: PCIe Bus Error: severity=Uncorrected (Fatal), type=Inaccessible, "
                 "(Unregistered Agent ID)",
                 WARN,
-                "0000:f0:00.0: 1 uncorrectable errors (fatal), which is on no way",
+                "0000:f0:00.0: 1 uncorrectable error (fatal), which is on no way",
             ),
             log(f"{ADAPTER} AER: PCIe Bus Error: severity=Strange", UNKNOWN, "severity=Strange"),
             one(f"read {PCI}/0000:1a:00.0/aer_dev_fatal", "DLP 1\nTOTAL_ERR_FATAL 1\n", FAIL, "(fatal)"),
@@ -260,7 +260,7 @@ DEVICES: dict[str, Case] = {
         ]
     ),
     "pcie.acs": Case(
-        [one("run lspci -vvv", LSPCI.replace("SrcValid-", "SrcValid+"), WARN, "1 bridges: 0000:17:00.0")]
+        [one("run lspci -vvv", LSPCI.replace("SrcValid-", "SrcValid+"), WARN, "1 bridge: 0000:17:00.0")]
     ),
     "pcie.iommu": Case(
         [one("read /sys/kernel/iommu_groups/7/type", "DMA-FQ\n", WARN, "DMA-FQ")],

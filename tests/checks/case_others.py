@@ -70,9 +70,9 @@ OTHERS: dict[str, Case] = {
         ]
     ),
     "rdma.flap": Case(
-        [one("read /sys/class/net/eth0/carrier_changes @1", "3\n", FAIL, "eth0: 1 carrier changes")]
+        [one("read /sys/class/net/eth0/carrier_changes @1", "3\n", FAIL, "eth0: 1 carrier change")]
     ),
-    "rdma.verbs": Case([one("list /dev/infiniband", ["uverbs0"], FAIL, "1 uverbs files for 2 devices")]),
+    "rdma.verbs": Case([one("list /dev/infiniband", ["uverbs0"], FAIL, "1 uverbs file for 2 devices")]),
     "roce.gid": Case(
         [
             one(f"read {PORT}/gid_attrs/types/3", "IB/RoCE v1\n", FAIL, "mlx5_1: no RoCE v2 GID"),
@@ -142,7 +142,7 @@ OTHERS: dict[str, Case] = {
             log(
                 "[ 9.2] nvidia-peermem nv_get_p2p_free_callback:127 ERROR detected invalid context, skipping",
                 FAIL,
-                "invalid context, 1 times",
+                "invalid context, 1 time",
             )
         ]
     ),

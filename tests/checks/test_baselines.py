@@ -208,7 +208,7 @@ def test_new_figures_replace_those_of_the_same_shape_and_leave_others(
     path = tmp_path / "own.json"
     assert command_line.main(["baseline", str(path), "--fabric=infiniband"]) == 0
     first = baselines.read(path)
-    assert f"{path}: {len(first)} figures of 1 nodes in 12.0 s" in capsys.readouterr().out
+    assert f"{path}: {len(first)} figures of 1 node in 12.0 s" in capsys.readouterr().out
     kept = replace(first[0], gpu="B200")
     stale = replace(first[0], value=1.0)
     baselines.write(path, [stale, kept])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,7 +119,8 @@ def test_an_unknown_check_is_one_line(argv: list[str], says: str, capsys: pytest
 @pytest.mark.parametrize(
     "argv",
     [["--tier=loud"], ["--fabric=string"], ["--gpus=-1"], ["--gpus=x"], ["--master=here"], ["--master=h:0"],
-     ["judge"], ["collect", "--gpus=x"], ["--none"]],
+     ["judge"], ["collect", "--gpus=x"], ["--none"], ["--budget=-1"], ["--budget=0"], ["--budget=nan"],
+     ["--deadline=inf"], ["--tier=active", "--active-budget=x"], ["collect", "--deadline=-3"]],
 )  # fmt: skip
 def test_wrong_usage_is_64(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -152,3 +155,27 @@ def test_this_machine_is_checked_within_five_seconds(capsys: pytest.CaptureFixtu
     *_, summary, costs = capsys.readouterr().out.splitlines()
     assert float(summary.rpartition(" in ")[2].split()[0]) < 5.0
     assert costs.startswith("it took ")
+
+
+def test_a_check_in_place_of_a_file_is_told_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evidence(tmp_path)
+    assert main(["judge", str(tmp_path / "n1.json"), "gpu.eec"]) == 64
+    assert "gpu.eec: no such file; one check alone: --check=gpu.eec" in capsys.readouterr().err
+
+
+def test_a_root_that_is_not_there_is_no_broken_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--root=/nowhere/at/all"]) == 64
+    assert capsys.readouterr().err == "python -m checks: --root=/nowhere/at/all: no such folder\n"
+
+
+def test_a_reader_that_leaves_early_ends_it_without_a_traceback() -> None:
+    """`python -m checks list | head -1`: more than a pipe holds is written, and nobody reads it."""
+    writer = subprocess.Popen(
+        [sys.executable, "-m", "checks", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    writer.stdout.close()
+    said = writer.stderr.read() if writer.stderr else ""
+    assert (writer.wait(timeout=60), said) == (141, "")

@@ -128,7 +128,7 @@ def test_an_error_is_counted_once_in_any_kernels_words(
     ("lines", "verdict", "says"),
     [
         (OLD * 12, WARN, "0000:00:1c.0: 12 corrected errors"),
-        (NEWER, FAIL, "0000:09:00.0: 1 uncorrectable errors (non-fatal)"),
+        (NEWER, FAIL, "0000:09:00.0: 1 uncorrectable error (non-fatal)"),
         (CONTAINED, FAIL, "(fatal)"),
         (firmware("corrected", "0000:1a:00.0"), WARN, "0000:1a:00.0: 1 corrected"),
         # Torn at the end of the kernel's buffer, or of a form that is not known yet.

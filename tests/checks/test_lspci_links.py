@@ -115,4 +115,4 @@ def test_a_guests_device_is_compared_with_itself_alone(tmp_path: Path) -> None:
 
 def test_a_device_that_reads_as_ones_is_not_asked_for_its_link(tmp_path: Path) -> None:
     results = judged(tmp_path, tree().replace("(rev a1)", "(rev ff)"))
-    assert (results["gpu.bus"].verdict, results["pcie.path"].read) == (FAIL, "1 devices at their best")
+    assert (results["gpu.bus"].verdict, results["pcie.path"].read) == (FAIL, "1 device at its best")

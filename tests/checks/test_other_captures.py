@@ -241,7 +241,7 @@ def test_a_gpu_in_mig_mode_beside_others_has_no_links_to_miss(tmp_path: Path) ->
     name, rows = "NVIDIA H100 80GB HBM3", "".join(f"\t Link {number}: 26.562 GB/s\n" for number in range(18))
     mig = gpu(1, name, "Nvlink queries are not supported for Devices in MIG mode\n")
     result = judged(tmp_path, gpu(0, name, rows) + mig)["nvlink.links"]
-    assert (result.verdict, result.read) == (PASS, "all up on 1 GPUs")
+    assert (result.verdict, result.read) == (PASS, "all up on 1 GPU")
 
 
 def test_links_that_all_gpus_of_a_node_have_lost_are_missed(tmp_path: Path) -> None:

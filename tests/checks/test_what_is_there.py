@@ -65,7 +65,7 @@ def test_who_wants_gpus_and_has_none_does_not_pass() -> None:
 
 def test_a_gpu_that_the_driver_lost_is_missed_even_where_enough_are_left() -> None:
     result = judged({COUNT: value(1)}, Expectations(gpus=1))["gpu.count"]
-    assert (result.verdict, result.read) == (Verdict.FAIL, "1 of 2 GPUs on the bus answer")
+    assert (result.verdict, result.read) == (Verdict.FAIL, "1 of 2 GPUs on the bus answering")
     # In a container that was given one GPU, the other's device file is not there: nothing is lost.
     one_given = {COUNT: value(1), "list /dev": value(["nvidia0"])}
     assert judged(one_given, Expectations(gpus=1))["gpu.count"].verdict is Verdict.PASS
@@ -304,4 +304,4 @@ def test_the_installers_fi_info_is_asked_where_the_one_on_path_knows_no_efa(
     expected = Expectations(gpus=2, fabric="efa")
     node = collect_node(Recorded(records), "n1", expected)
     (result,) = judge(node, expected, catalog.named(["efa.libfabric"], "passive"))
-    assert (result.verdict, result.read) == (Verdict.PASS, f"1 domains, says {tool}")
+    assert (result.verdict, result.read) == (Verdict.PASS, f"1 domain, says {tool}")

@@ -130,6 +130,7 @@ def test_an_unusable_fabric_is_status_one_and_a_line(root: Path, capsys: pytest.
         ("fabric=tpc", "error: unknown fabric 'tpc' (fabric=): did you mean tcp?"),
         ("cluster=azure", "error: unknown cluster 'azure' (cluster=): did you mean azure-ndv5?"),
         ("env.NCCL DEBUG=1", "error: env.NCCL DEBUG=1: 'NCCL DEBUG' cannot be the name of a variable"),
+        ("--root=/nowhere", "error: --root=/nowhere: no folder sys/ in it"),
         ("infiniband", "error: 'infiniband' is not a key=value word; write infiniband=VALUE"),
     ],
 )

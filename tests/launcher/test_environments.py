@@ -5,6 +5,7 @@ uv makes real environments here, of a package of three lines that lies in a fold
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import zipfile
@@ -101,6 +102,24 @@ def test_a_folder_with_something_else_is_left_alone(repository: Path, tmp_path: 
     with pytest.raises(UserError, match="holds something else than an environment"):
         made(load_stack("small", repository), tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_place_where_no_folder_can_be_made_is_one_line(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        with pytest.raises(
+            UserError, match=r"cannot be made: Not a directory: choose another with into=FOLDER"
+        ):
+            made(load_stack("small", repository), tmp_path / place)
+
+
+def test_a_python_that_is_nowhere_is_one_line_that_says_what_to_do(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UV_PYTHON_DOWNLOADS", "never")
+    stack = dataclasses.replace(load_stack("small", repository), python="3.99")
+    with pytest.raises(UserError, match=r"^no Python 3\.99 \(install it and put it on PATH: .*\): .*"):
+        made(stack, tmp_path / "small")
 
 
 @pytest.mark.parametrize(
