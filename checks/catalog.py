@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from checks import (
     judge_active,
+    judge_adapter_log,
     judge_environment,
     judge_gpu,
     judge_gpu_use,
@@ -24,6 +25,7 @@ JUDGES = (
     judge_links,
     judge_pcie,
     judge_rdma,
+    judge_adapter_log,
     judge_roce,
     judge_host,
     judge_environment,

@@ -8,6 +8,7 @@ from tests.checks.nodes import GPUS, problem, value
 
 PORT = "/sys/class/infiniband/mlx5_1/ports/1"
 PCI = "/sys/bus/pci/devices"
+MLX5 = "[ 9.3] mlx5_core 0000:1a:00.0:"
 ROOM = {"size": 1 << 40, "free": 1 << 39, "inodes": 1 << 20, "inodes_free": 1 << 19}
 
 
@@ -122,6 +123,27 @@ OTHERS: dict[str, Case] = {
             ),
         ],
         fabric="efa",
+    ),
+    "rdma.log": Case(
+        [
+            # drivers/net/ethernet/mellanox/mlx5/core: events.c, pcie_core and port_module; health.c, poll_health.
+            log(
+                f"{MLX5} mlx5_pcie_event:299:(pid 9): Detected insufficient power on the PCIe slot (27W).",
+                WARN,
+                "insufficient power on the PCIe slot (27W)",
+            ),
+            log(
+                f"{MLX5} Port module event[error]: module 0, Cable error, High Temperature",
+                WARN,
+                "module 0, Cable error, High Temperature",
+            ),
+            log(f"{MLX5} device's health compromised - reached miss count", FAIL, "health compromised"),
+            log(
+                f"{MLX5} poll_health:1157:(pid 0): Fatal error 3 detected\n{MLX5} Fatal error 3 detected",
+                FAIL,
+                "Fatal error 3 detected (2 times)",
+            ),
+        ]
     ),
     "gdr.support": Case(
         [

@@ -67,7 +67,9 @@ def test_a_profile_leaves_out_what_its_machine_has_no_evidence_for(tmp_path: Pat
     denied = {"run dmesg": problem("missing")}
     words = [evidence(tmp_path, denied), "--node=n1", *HEALTHY]
     assert main(words) == 3
-    without = [f"--without={check}" for check in ("gpu.xid", "nvlink.sxid", "gdr.log", "pcie.bandwidth")]
+    without = [
+        f"--without={check}" for check in ("gpu.xid", "nvlink.sxid", "gdr.log", "pcie.bandwidth", "rdma.log")
+    ]
     assert main([*words, *without]) == 0
 
 

@@ -198,3 +198,46 @@ def test_errors_of_switches_and_numbers_are_kept_apart() -> None:
     found = [(one.switch, one.number) for one in sxids(log)]
     assert found == [("0000:07:00.0", 20034), ("0000:08:00.0", 20034), ("0000:07:00.0", 20009)]
     assert strange_sxids(log) == []
+
+
+# --- adapters ---------------------------------------------------------------------------------------------
+
+MLX5 = "mlx5_core 0000:1a:00.0:"
+UNPOWERED = f"{MLX5} mlx5_pcie_event:299:(pid 9): Detected insufficient power on the PCIe slot (27W)."
+HOT = f"{MLX5} Port module event[error]: module 0, Cable error, High Temperature"
+UNHEALTHY = f"{MLX5} device's health compromised - reached miss count"
+OTHER = UNHEALTHY.replace("1a:00", "2a:00")
+
+
+@pytest.mark.parametrize(
+    ("lines", "verdict", "says"),
+    [
+        # drivers/net/ethernet/mellanox/mlx5/core: events.c, pcie_core and port_module; health.c, poll_health.
+        ((UNPOWERED, UNPOWERED), WARN, "0000:1a:00.0: insufficient power on the PCIe slot (27W) (2 times)"),
+        ((HOT,), WARN, "0000:1a:00.0: module 0, Cable error, High Temperature"),
+        ((HOT, UNHEALTHY), FAIL, "0000:1a:00.0: device's health compromised"),
+        ((f"{MLX5} poll_health:1157:(pid 0): Fatal error 3 detected",), FAIL, "Fatal error 3 detected"),
+        ((UNHEALTHY, OTHER, f"{MLX5} health recovery succeeded"), FAIL, "0000:2a:00.0: device's health"),
+        ((f"{MLX5} health recovery succeeded", UNHEALTHY), FAIL, "0000:1a:00.0"),
+    ],
+)
+def test_what_an_adapter_reports_of_itself_is_judged(
+    tmp_path: Path, lines: tuple[str, ...], verdict: Verdict, says: str
+) -> None:
+    result = judged(tmp_path, *lines)["rdma.log"]
+    assert (result.verdict, says in result.read) == (verdict, True), result
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (UNPOWERED, f"{MLX5} mlx5_pcie_event:304:(pid 9): PCIe slot advertised sufficient power (75W)."),
+        (HOT, f"{MLX5} Port module event: module 0, Cable plugged"),
+        (UNHEALTHY, f"{MLX5} health recovery succeeded"),
+        (f"{MLX5} firmware version: 28.39.1002", f"{MLX5} Port module event: module 0, Cable unplugged"),
+    ],
+)
+def test_what_has_ended_since_and_what_is_no_complaint_is_none(
+    tmp_path: Path, lines: tuple[str, ...]
+) -> None:
+    assert "rdma.log" not in judged(tmp_path, *lines)
