@@ -57,7 +57,7 @@ def _limit(node: Node, name: str, limit: str, least: int, better: int, remedy: s
             findings.append(fail(f"{limit} {value}", f"raise it: {remedy}, or limits.conf of slurmd"))
         elif int(value) < better:
             findings.append(warn(f"{limit} {value}", f"raise it: {remedy}"))
-    return result(name, findings, value, wish)
+    return result(name, findings, f"{limit} {value}", wish)
 
 
 @check("host.shm", reads=["statvfs /dev/shm"], source="NCCL and data loaders share memory there (llm-d#352)")
@@ -242,7 +242,7 @@ def resolve(node: Node, expected: Expectations) -> list[CheckResult]:
             findings.append(
                 warn(f"{host} is {addresses[0]}", "other nodes cannot reach it there: /etc/hosts")
             )
-    return result(name, findings, counted(len(resolved), "name"), "addresses")
+    return result(name, findings, f"{counted(len(resolved), 'name')} resolved", "an address for each")
 
 
 @check(

@@ -48,7 +48,7 @@ def pcie_gpu(node: Node, expected: Expectations) -> list[CheckResult]:
                 findings.append(
                     verdict(f"GPU {gpu.index}: PCIe {what} {now} of {most}", "reseat it, or its riser")
                 )
-    shown = next((f"generation {gpu.pcie_generation} × {gpu.pcie_width}" for gpu in gpus), "")
+    shown = next((f"generation {gpu.pcie_generation}, width {gpu.pcie_width}" for gpu in gpus), "")
     return result(name, findings, f"{shown} on {counted(len(gpus), 'GPU')}", "full width and generation")
 
 

@@ -56,7 +56,8 @@ def devices(node: Node, expected: Expectations) -> list[CheckResult]:
     name = "rdma.devices"
     if expected.without_rdma:
         return []
-    wish = f"{expected.rails or 'some'} of {expected.fabric}" if expected.fabric else "RDMA devices"
+    device = f"{expected.fabric} device" if expected.fabric else "RDMA device"
+    wish = f"at least {counted(expected.rails or 1, device)}"
     if without_rdma(node, expected):
         say = "say --fabric=tcp where that is right"
         return [CheckResult(name, Verdict.WARN, "no RDMA device", wish, say)]

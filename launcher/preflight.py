@@ -21,6 +21,7 @@ from typing import Any
 from checks import consensus
 from checks.expectations import FABRICS
 from checks.hostlist import folded
+from checks.reading import counted
 from checks.report import folded_table
 from checks.verdict import CheckResult, Verdict
 from launcher.allocation import Allocation
@@ -212,7 +213,8 @@ def _tell(reports: Sequence[Mapping[str, Any]], seconds: float, say: Callable[[s
     for line in folded_table(results, width=TABLE_WIDTH).splitlines():
         say(f"preflight: {line}")
     count = sum(map(len, results.values()))
-    say(f"preflight: {count} results of {len(results)} nodes ({folded(results)}) in {seconds:.1f} s")
+    nodes = f"{counted(len(results), 'node')} ({folded(results)})"
+    say(f"preflight: {counted(count, 'result')} of {nodes} in {seconds:.1f} s")
 
 
 def _write(
