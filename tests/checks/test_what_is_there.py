@@ -305,3 +305,17 @@ def test_the_installers_fi_info_is_asked_where_the_one_on_path_knows_no_efa(
     node = collect_node(Recorded(records), "n1", expected)
     (result,) = judge(node, expected, catalog.named(["efa.libfabric"], "passive"))
     assert (result.verdict, result.read) == (Verdict.PASS, f"1 domain, says {tool}")
+
+
+@pytest.mark.parametrize(("architecture", "verdict"), [(5, Verdict.PASS), (6, Verdict.UNKNOWN)])
+def test_a_gpu_before_turing_has_no_sram_to_count_errors_of(architecture: int, verdict: Verdict) -> None:
+    """nvml.h, nvmlMemoryLocation_t: `Turing+` for DRAM and SRAM. Of a later GPU that cannot say nothing is known."""
+    records = healthy()
+    for gpu in (0, 1):
+        records[key_of("nvml", ["nvmlDeviceGetArchitecture", gpu])] = value(architecture)
+        for key in [key for key in records if key.startswith(f"nvml nvmlDeviceGetMemoryErrorCounter {gpu} ")]:
+            records[key] = problem("unsupported")
+    expected = Expectations(gpus=2, fabric="infiniband")
+    node = collect_node(Recorded(records), "n1", expected)
+    (result,) = judge(node, expected, catalog.named(["gpu.ecc"], "passive"))
+    assert result.verdict is verdict, result
