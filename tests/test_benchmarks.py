@@ -45,6 +45,7 @@ def test_what_stands_beside_a_recipe_stands_in_the_record_that_it_links(path: Pa
 
 
 AGAINST_TORCHTITAN = "llama_8b_against_torchtitan_2026-11-21"
+SEVERAL = "several_h200_2026-11-22"
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,8 @@ AGAINST_TORCHTITAN = "llama_8b_against_torchtitan_2026-11-21"
         (AGAINST_TORCHTITAN, "8k_*", "llama_8b", 8192),
         ("planner_h200_2026-11-21", "8b_*_8k", "llama_8b", 8192),
         ("one_gpu_h200_2026-11-22", "*", "llama_1b", 4096),
+        (SEVERAL, "4k_*", "llama_8b", 4096),
+        (SEVERAL, "8k_*", "llama_8b", 8192),
     ],
 )
 def test_raw_metrics_hold_the_mfu_that_follows_from_them(
@@ -87,6 +90,12 @@ def test_raw_metrics_hold_the_mfu_that_follows_from_them(
         (AGAINST_TORCHTITAN, "8k_b3_sel_gradop", "11,022"),
         (AGAINST_TORCHTITAN, "f8_4k_b5", "15,907"),
         (AGAINST_TORCHTITAN, "f8_8k_b3_sel", "14,751"),
+        (SEVERAL, "8k_b3_sel20", "10,761"),
+        (SEVERAL, "8k_b3_sel32", "10,722"),
+        (SEVERAL, "4k_fsdp", "11,685"),
+        (SEVERAL, "4k_megatron", "9,624"),
+        (SEVERAL, "4k_zero2", "10,295"),
+        (SEVERAL, "4k_zero3", "9,469"),
     ],
 )
 def test_a_published_median_is_that_of_the_committed_metrics(folder: str, name: str, told: str) -> None:

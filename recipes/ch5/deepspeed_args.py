@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from recipes.lib.arguments import ArgumentError, TrainArgs, argument
+from recipes.lib.flops import largest_matrix
+from recipes.lib.planner import model_size
+
+USUAL_BUCKET = 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,9 @@ class DeepSpeedArgs(TrainArgs):
         ("torch", "deepspeed"),
     )
     bucket_size: int = argument(
-        50_000_000, "numbers in one collective of gradients, or of parameters", minimum=1000
+        0,
+        "numbers in one collective of gradients, or of parameters; 0: 50 million, or stage 2's largest matrix",
+        minimum=0,
     )
     overlap: bool = argument(True, "on GPUs, reduce gradients while the backward pass goes on")
     persistence_threshold: int = argument(
@@ -87,11 +94,46 @@ class DeepSpeedArgs(TrainArgs):
             # torch counts the operations of a layer's two forward passes: the second one gathers other parameters.
             problem = "ZeRO 3 gathers parameters inside of what is computed again; full works, and stage 2"
             raise ArgumentError("activation_checkpointing", "selective", problem)
+        check_bucket(self)
         standard = DeepSpeedArgs.__dataclass_fields__["persistence_threshold"].default
         if self.persistence_threshold != standard and self.stage != 3:
             raise ArgumentError("persistence_threshold", self.persistence_threshold, "wants stage=3")
 
     @property
+    def bucket(self) -> int:
+        """Numbers in one collective.
+
+        Stage 2 sums a gradient larger than its bucket in place, on a stream of its own, and frees it at once: the
+        backward pass writes over it. With 50 million an 8B model on four H200s had a gradient norm of a million where
+        stage 3 had 33, and learned (github.com/deepspeedai/DeepSpeed/issues/5347, 4298, 5523).
+        """
+        if self.bucket_size:
+            return self.bucket_size
+        largest = largest_matrix(model_size(self.model, self.vocab_size))
+        return max(USUAL_BUCKET, largest if self.stage == 2 else 0)
+
+    @property
     def on_disk(self) -> bool:
         """Whether anything is moved to a disk."""
         return "nvme" in (self.offload_optimizer, self.offload_parameters)
+
+
+class Bucketed(Protocol):
+    """Arguments of a recipe that sums gradients in buckets."""
+
+    model: str
+    vocab_size: int
+    stage: int
+    overlap: bool
+    bucket_size: int
+
+
+def check_bucket(args: Bucketed) -> None:
+    """Refuse a bucket that stage 2 would train wrongly with. Raises ArgumentError."""
+    largest = largest_matrix(model_size(args.model, args.vocab_size))
+    if args.stage == 2 and args.overlap and 0 < args.bucket_size < largest:
+        problem = (
+            f"wants at least {largest:,}, the largest matrix, or overlap=false: DeepSpeed gives back the memory of a "
+            "larger gradient while it is being summed"
+        )
+        raise ArgumentError("bucket_size", args.bucket_size, problem)

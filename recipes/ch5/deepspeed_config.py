@@ -54,15 +54,15 @@ def zero(args: DeepSpeedArgs, on_gpu: bool, ranks: int) -> dict[str, Any]:
     section: dict[str, Any] = {"stage": args.stage}
     if args.stage:
         section |= {
-            "reduce_bucket_size": args.bucket_size,
-            "allgather_bucket_size": args.bucket_size,
+            "reduce_bucket_size": args.bucket,
+            "allgather_bucket_size": args.bucket,
             # A CPU has no streams that could do two things at once.
             "overlap_comm": args.overlap and on_gpu,
         }
     if args.stage == 3:
         section |= {
             "stage3_param_persistence_threshold": args.persistence_threshold,
-            "stage3_prefetch_bucket_size": args.bucket_size,
+            "stage3_prefetch_bucket_size": args.bucket,
         }
     for key, device in (
         ("offload_optimizer", args.offload_optimizer),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from recipes.ch5.deepspeed_args import check_bucket
 from recipes.lib.arguments import ArgumentError, TrainArgs, argument
 
 
@@ -37,7 +38,9 @@ class DeepSpeedMoeArgs(TrainArgs):
         2, "ZeRO: what the copies share: 0 nothing, 1 the optimizer's state, 2 gradients as well", minimum=0
     )
     bucket_size: int = argument(
-        50_000_000, "numbers in one collective of gradients, or of parameters", minimum=1000
+        0,
+        "numbers in one collective of gradients, or of parameters; 0: 50 million, or stage 2's largest matrix",
+        minimum=0,
     )
     overlap: bool = argument(True, "on GPUs, reduce gradients while the backward pass goes on")
 
@@ -47,6 +50,7 @@ class DeepSpeedMoeArgs(TrainArgs):
         if self.stage > 2:
             problem = "wants 0, 1 or 2: DeepSpeed does not cut the parameters of its MoE layers; nearest: 2"
             raise ArgumentError("stage", self.stage, problem)
+        check_bucket(self)
         if self.dtype == "float64":
             problem = "DeepSpeed keeps its parameters in float32; nearest: float32"
             raise ArgumentError("dtype", "float64", problem)

@@ -103,7 +103,7 @@ def _zero(args: DeepSpeedArgs, ranks: int) -> Needs:
         data=ranks,
         optimizer_offloaded=args.offload_optimizer != "none",
         parameters_offloaded=args.offload_parameters != "none",
-        bucket=args.bucket_size,
+        bucket=args.bucket,
     )
     return predict_memory(work)
 

@@ -25,6 +25,11 @@ def parameter_count(size: ModelSize) -> int:
     return _parameters(size, size.experts or 1)
 
 
+def largest_matrix(size: ModelSize) -> int:
+    """Parameters of the largest matrix: the table, or one of the feed-forward."""
+    return size.width * max(size.vocab_size, size.ffn_width)
+
+
 def _parameters(size: ModelSize, networks: int) -> int:
     """With so many feed-forward networks in each layer."""
     attention = size.width * size.head_dim * (2 * size.heads + 2 * size.kv_heads)

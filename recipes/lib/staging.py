@@ -51,8 +51,8 @@ class Stager:
         """Whether a copy goes on after `stage` has returned."""
         # Pinned: the GPU writes to it by itself, at the rate of the bus.
         self._copies = _ResidentCopies(pin_memory=self.overlaps)
-        # A new thread's device is the first GPU. Leaving a stream of another one would make this process a context there
-        # as well, of half a GiB, and fail where that GPU is full: "out of memory", in a save of rank 2.
+        # A new thread's device is the first GPU. Leaving a stream of another one would make this process a context
+        # there, of half a GiB, and fail where that GPU is full: "out of memory", in a save of rank 2.
         own = {"initializer": torch.cuda.set_device, "initargs": (device,)}
         self._thread = ThreadPoolExecutor(1, "staging", **own) if self.overlaps else None
         self._stream = torch.cuda.Stream(device) if self.overlaps else None

@@ -1,7 +1,8 @@
 """Evidence that `python -m checks collect` took on real machines: healthy, and read as such by every check.
 
-One and four H200s of one host in virtual machines, driver 580.159, 2026-11-21; NVLink between all pairs of the four, no
-InfiniBand. Of the kernel log the lines with the kernel's command line were taken out, which `collect` keeps no more.
+One, two and four H200s of one host in virtual machines, driver 580.159, 2026-11-21 and (two) 2026-11-22; NVLink between all
+pairs, no InfiniBand. Of the kernel log the lines with the kernel's command line were taken out, which `collect` keeps no
+more, and of the mounts one that only these machines have.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from checks.expectations import Expectations
 from checks.verdict import CheckResult, Verdict
 
 FOLDER = Path(__file__).parent / "bundles"
-GPUS = {"h200_x1": 1, "h200_x4": 4}
+GPUS = {"h200_x1": 1, "h200_x2": 2, "h200_x4": 4}
 UNSYNCHRONIZED = "clock.sync"
 """These virtual machines run nothing that keeps their clock right, and the check says so."""
 
@@ -48,7 +49,8 @@ def test_a_healthy_machine_passes_every_check(name: str) -> None:
     assert results["gpu.count"].read == f"{GPUS[name]} × NVIDIA H200"
 
 
-def test_four_gpus_have_their_links_and_one_alone_misses_none() -> None:
+def test_several_gpus_have_their_links_and_one_alone_misses_none() -> None:
+    assert judged("h200_x2")["nvlink.links"].read == "all up on 2 GPUs"
     assert judged("h200_x4")["nvlink.links"].read == "all up on 4 GPUs"
     assert not {"nvlink.links", "nvlink.errors"} & judged("h200_x1").keys()
 

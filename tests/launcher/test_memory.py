@@ -106,12 +106,12 @@ def test_what_megatron_splits_is_counted_as_it_splits_it() -> None:
         said(*words, "args.distributed_optimizer=false")
     # 8,030,261,248 parameters of 18 bytes: 134.6 GiB.
     assert "take 134.6 GiB per GPU, 55.5 GiB more than the 79.1 of a H100 80GB" in str(caught.value)
-    # With 6 bytes of each, an eighth of 12, and 1.1 GiB of a sequence's activations and logits.
-    assert "nearest that fits: args.distributed_optimizer=true (57.2 GiB)" in str(caught.value)
+    # With 6 bytes of each, an eighth of 12, and 1.7 GiB of a sequence's activations and logits.
+    assert "nearest that fits: args.distributed_optimizer=true (57.8 GiB)" in str(caught.value)
     # Of 8 experts a rank has 4, a quarter of each: 5.64 billion parameters of 18 bytes, 94.5 GiB; on twice as many
     # ranks two have the same and share 12 of the 18 bytes: 63.0 GiB, 5.0 for everything else, and activations.
     mixture = (*words, "args.experts=8", "args.tensor_parallel=4", "args.expert_parallel=2")
-    with pytest.raises(UserError, match=r"nearest that fits: nodes=2 \(68.4 GiB\)"):
+    with pytest.raises(UserError, match=r"nearest that fits: nodes=2 \(68.7 GiB\)"):
         said(*mixture)
     assert said(*mixture, "nodes=2") is None
 
@@ -180,9 +180,10 @@ def test_what_megatron_keeps_for_the_backward_pass_is_a_warning() -> None:
     line = said(*words)
     assert line is not None
     assert "will probably not fit" in line
-    # A layer keeps 8192 x 2 x (18 x 4096 + 4 x 14336) bytes.
-    assert "nearest that fits: args.activation_checkpointing=full (" in line
-    assert said(*words, "args.activation_checkpointing=full") is None
+    # A layer keeps 8192 x 2 x (18 x 4096 + 8 x 14336) bytes, the logits 10 bytes a number.
+    lean = ("args.activation_checkpointing=full", "args.microbatch_size=1")
+    assert f"nearest that fits: {' '.join(lean)} (" in line
+    assert said(*words[:-1], *lean) is None
 
 
 @pytest.mark.parametrize("name", ["aws-p5", "aws-p5en", "azure-ndv5", "dgx-h100", "gcp-a3mega", "oci-h100"])

@@ -349,6 +349,7 @@ REFUSED = {
     "compile": {"stage": 3, "compile": True},
     "activation_checkpointing": {"stage": 3, "activation_checkpointing": "selective"},
     "persistence_threshold": {"persistence_threshold": 5},
+    "bucket_size": {"stage": 2, "model": "llama_8b", "bucket_size": 50_000_000},
 }
 
 
@@ -377,6 +378,16 @@ def test_the_batch_sizes_multiply_out() -> None:
     assert config["train_batch_size"] == 24
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 3)
     assert BETAS == optimizer.BETAS
+
+
+def test_stage_two_has_room_for_the_gradient_of_the_largest_matrix() -> None:
+    """It frees a larger one while it sums it (github.com/deepspeedai/DeepSpeed/issues/5347)."""
+    table = 128_256 * 4096
+    assert config_of(stage=2, model="llama_8b")["zero_optimization"]["reduce_bucket_size"] == table
+    for args in ({"stage": 1, "model": "llama_8b"}, {"stage": 3, "model": "llama_8b"}, {"stage": 2}):
+        assert config_of(**args)["zero_optimization"]["reduce_bucket_size"] == 50_000_000
+    smaller = config_of(stage=2, model="llama_8b", bucket_size=1000, overlap=False, on_gpu=True)
+    assert smaller["zero_optimization"]["reduce_bucket_size"] == 1000
 
 
 def test_offload_is_pinned_for_gpus_alone() -> None:
