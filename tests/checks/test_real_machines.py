@@ -1,8 +1,8 @@
 """Evidence that `python -m checks collect` took on real machines: healthy, and read as such by every check.
 
 One, two and four H200s of one host in virtual machines, driver 580.159, 2026-11-21 and (two) 2026-11-22; NVLink between
-all pairs, no InfiniBand. Of the kernel log the lines with the kernel's command line were taken out, which `collect` keeps
-no more, and of the mounts one that only these machines have.
+all pairs, no InfiniBand. Of the kernel log the lines with the kernel's command line were taken out, which `collect`
+keeps no more, and of the mounts one that only these machines have.
 """
 
 from __future__ import annotations
