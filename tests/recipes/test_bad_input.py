@@ -98,7 +98,8 @@ def test_a_checkpoint_of_another_stack(run: runs.Run, tmp_path: Path) -> None:
     before = contents(run)
     line = one_line(trained_on(run, tmp_path))
     assert line == (
-        f"error: {folder} was written by megatron; this recipe reads torch.distributed.checkpoint\n"
+        f"error: {folder} was written by megatron; this recipe reads torch.distributed.checkpoint: "
+        "go on with ch1_baseline, or start another run\n"
     )
     assert contents(run) == before
 
