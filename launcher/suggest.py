@@ -13,6 +13,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     """
     by_folded = {_folded(candidate): candidate for candidate in known}
     close = difflib.get_close_matches(_folded(word), by_folded, n=1, cutoff=0.6)
+    # `offload` is spelled nothing like offload_optimizer, and is its beginning.
+    close = close or [each for each in by_folded if each.startswith(f"{_folded(word)}_")]
     return by_folded[close[0]] if close else None
 
 

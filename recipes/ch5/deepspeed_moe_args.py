@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from recipes.ch5.deepspeed_args import check_bucket
 from recipes.lib.arguments import ArgumentError, TrainArgs, argument
+from recipes.lib.divisors import nearest_divisor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class DeepSpeedMoeArgs(TrainArgs):
             problem = "wants 1 or 2, which DeepSpeed's MoE layer is made for; nearest: 2"
             raise ArgumentError("experts_per_token", self.experts_per_token, problem)
         if self.expert_parallel and self.experts % self.expert_parallel:
-            nearest = _nearest_divisor(self.experts, self.expert_parallel)
+            nearest = nearest_divisor(self.experts, self.expert_parallel)
             problem = f"wants a divisor of experts={self.experts}; nearest: {nearest}"
             raise ArgumentError("expert_parallel", self.expert_parallel, problem)
         if self.compile:
@@ -77,7 +78,7 @@ class DeepSpeedMoeArgs(TrainArgs):
     def check_ranks(self, ranks: int, ranks_per_node: int) -> None:
         """Refuse ranks over which experts or sequences cannot be spread. Raises ArgumentError."""
         if self.expert_parallel and ranks % self.expert_parallel:
-            nearest = _nearest_divisor(math.gcd(ranks, self.experts), self.expert_parallel)
+            nearest = nearest_divisor(math.gcd(ranks, self.experts), self.expert_parallel)
             problem = (
                 f"wants a divisor of the {ranks} ranks and of experts={self.experts}; nearest: {nearest}"
             )
@@ -87,7 +88,7 @@ class DeepSpeedMoeArgs(TrainArgs):
         if least % rows or most % rows:
             # A rank with fewer sequences fills up with padding. As a microbatch of its own it disturbs nothing; beside
             # sequences its tokens would take their places in the experts, and count as load.
-            nearest = _nearest_divisor(math.gcd(least, most), rows)
+            nearest = nearest_divisor(math.gcd(least, most), rows)
             shares = f"{most}" if least == most else f"{least} or {most}"
             problem = f"wants a divisor of the {shares} sequences that each of {ranks} ranks has; nearest: {nearest}"
             raise ArgumentError("microbatch_size", self.microbatch_size, problem)
@@ -95,9 +96,3 @@ class DeepSpeedMoeArgs(TrainArgs):
     def ranks_with_experts(self, ranks: int) -> int:
         """Of so many ranks, those that together have all experts once."""
         return self.expert_parallel or math.gcd(self.experts, ranks)
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` that is nearest to `wanted`; the smaller one of two."""
-    divisors = [each for each in range(1, number + 1) if number % each == 0]
-    return min(divisors, key=lambda each: (abs(each - wanted), each))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from recipes.lib.arguments import ArgumentError, TrainArgs, argument
+from recipes.lib.divisors import nearest_divisor
 from recipes.lib.model_sizes import SIZES
 
 
@@ -31,7 +32,7 @@ class DeepSpeedPipelineArgs(TrainArgs):
             raise ArgumentError("dtype", "float64", problem)
         layers = SIZES[self.model].layers
         if self.pipeline_parallel > layers:
-            problem = f"each stage wants a layer, and model={self.model} has {layers}"
+            problem = f"each stage wants a layer, and model={self.model} has {layers}; nearest: {layers}"
             raise ArgumentError("pipeline_parallel", self.pipeline_parallel, problem)
         if self.compile:
             raise ArgumentError(
@@ -43,7 +44,8 @@ class DeepSpeedPipelineArgs(TrainArgs):
     def check_ranks(self, ranks: int, ranks_per_node: int) -> None:
         """Refuse a number of ranks that are no whole pipelines. Raises ArgumentError."""
         if ranks % self.stages(ranks):
-            problem = f"wants a divisor of {ranks}, the number of ranks"
+            nearest = nearest_divisor(ranks, self.stages(ranks))
+            problem = f"wants a divisor of {ranks}, the number of ranks; nearest: {nearest}"
             raise ArgumentError("pipeline_parallel", self.stages(ranks), problem)
 
     def stages(self, ranks: int) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recipes.lib.arguments import ArgumentError, TrainArgs, argument
-from recipes.lib.divisors import check_tensor_and_context
+from recipes.lib.divisors import check_tensor_and_context, nearest_divisor
 from recipes.lib.model_sizes import SIZES
 
 
@@ -55,7 +55,10 @@ class MegatronArgs(TrainArgs):
         if self.sequence_length % pieces:
             key = "context_parallel" if context > 1 else "tensor_parallel"
             length = f"sequence_length={self.sequence_length}"
-            problem = f"cuts a sequence into {pieces} pieces, which do not divide {length}"
+            nearest = max(1, round(self.sequence_length / pieces)) * pieces
+            problem = (
+                f"cuts a sequence into {pieces} pieces, which do not divide {length}; nearest: {nearest}"
+            )
             raise ArgumentError(key, getattr(self, key), problem)
         self.check_layers(SIZES[self.model].layers)
         self._check_experts()
@@ -81,8 +84,12 @@ class MegatronArgs(TrainArgs):
             raise ArgumentError("stages_per_rank", each, "wants pipeline_parallel=2 or more")
         if layers % (ranks * each):
             stages = f"{ranks * each} stages ({ranks} ranks x {each})"
-            key = "stages_per_rank" if layers % ranks == 0 else "pipeline_parallel"
-            problem = f"{stages} do not divide the {layers} layers of model={self.model}"
+            if layers % ranks == 0:
+                key, nearest = "stages_per_rank", f"{nearest_divisor(layers // ranks, each)}"
+            else:
+                key, nearest = "pipeline_parallel", f"{nearest_divisor(layers, ranks)}"
+                nearest += " with stages_per_rank=1" if each > 1 else ""
+            problem = f"{stages} do not divide the {layers} layers of model={self.model}; nearest: {nearest}"
             raise ArgumentError(key, getattr(self, key), problem)
 
     def _check_experts(self) -> None:
@@ -92,7 +99,9 @@ class MegatronArgs(TrainArgs):
                 "expert_parallel", ranks, "wants experts=2 or more; experts=0 is a dense model"
             )
         if experts % ranks:
-            raise ArgumentError("expert_parallel", ranks, f"wants a divisor of experts={experts}")
+            nearest = nearest_divisor(experts, ranks)
+            problem = f"wants a divisor of experts={experts}; nearest: {nearest}"
+            raise ArgumentError("expert_parallel", ranks, problem)
         if experts and self.experts_per_token > experts:
             raise ArgumentError(
                 "experts_per_token", self.experts_per_token, f"wants at most experts={experts}"
@@ -112,24 +121,38 @@ class MegatronArgs(TrainArgs):
         if ranks % one_copy:
             shown = " times ".join(f"{key}={number}" for key, number in sizes.items() if number > 1)
             largest = max(sizes, key=lambda key: sizes[key])
-            problem = (
-                f"one copy of the model takes {one_copy} ranks ({shown}), which do not divide {ranks} ranks"
-            )
+            takes = f"one copy of the model takes {one_copy} ranks ({shown})"
+            nearest = self._nearest(largest, one_copy, ranks)
+            problem = f"{takes}, which do not divide {ranks} rank{'s' * (ranks > 1)}; nearest: {nearest}"
             raise ArgumentError(largest, sizes[largest], problem)
         copies = ranks // one_copy
         if (copies * self.context_parallel) % self.expert_parallel:
-            has = f"{copies} cop{'y' if copies == 1 else 'ies'}"
+            has = f"{copies} cop{'y' if copies == 1 else 'ies'} of the rest"
             has += f" times context_parallel={self.context_parallel}" if self.context_parallel > 1 else ""
-            problem = (
-                f"experts are spread over the copies of the rest, and does not divide {has} on {ranks} ranks"
+            nearest = nearest_divisor(
+                math.gcd(copies * self.context_parallel, self.experts), self.expert_parallel
             )
+            problem = f"{ranks} ranks have {has}, over which experts are spread: wants a divisor; nearest: {nearest}"
             raise ArgumentError("expert_parallel", self.expert_parallel, problem)
         share = math.ceil(self.batch_size / copies)
         microbatches = math.ceil(share / (self.microbatch_size or share))
         if self.stages_per_rank > 1 and microbatches % self.pipeline_parallel:
             problem = (
                 f"virtual stages go round in groups of pipeline_parallel={self.pipeline_parallel} microbatches, and a "
-                f"copy has {microbatches} (batch_size={self.batch_size} on {copies} of microbatch_size="
+                f"copy has {microbatches} (batch_size={self.batch_size} over {copies} copies, microbatch_size="
                 f"{self.microbatch_size})"
             )
             raise ArgumentError("stages_per_rank", self.stages_per_rank, problem)
+
+    def _nearest(self, key: str, one_copy: int, ranks: int) -> str:
+        """The value of `key`, nearest to its own, with which whole copies fill so many ranks; or enough ranks."""
+        own: int = getattr(self, key)
+        others = one_copy // own
+        for value in sorted(range(1, ranks + 1), key=lambda value: (abs(value - own), value)):
+            if ranks % (others * value) == 0:
+                try:
+                    replace(self, **{key: value})
+                except ArgumentError:
+                    continue  # the model's shape does not allow it
+                return str(value)
+        return f"{math.ceil(ranks / one_copy) * one_copy} ranks"

@@ -109,10 +109,14 @@ def _zero(args: DeepSpeedArgs, ranks: int) -> Needs:
 
 
 def _host_bytes(args: TrainArgs, nodes: int) -> float:
-    """What offload moves to a node's memory: DeepSpeed's estimate_zero3_model_states_mem_needs without its factor."""
+    """What offload moves to a node's memory: what is updated, two moments and the gradients in float32.
+
+    In stage 3 gradients are there twice (stage3.py, 0.19.8: `grad_partitions_flat_buffer`, and what the update takes),
+    which DeepSpeed's own estimate_zero3_model_states_mem_needs does not count.
+    """
     if not isinstance(args, DeepSpeedArgs) or args.offload_optimizer != "cpu":
         return 0.0
-    each = 16 + 2 * (args.offload_parameters == "cpu")
+    each = 16 + 4 * (args.stage == 3) + 2 * (args.offload_parameters == "cpu")
     return parameter_count(model_size(args.model, args.vocab_size)) * each / nodes
 
 

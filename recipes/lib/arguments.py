@@ -288,7 +288,7 @@ def nearest_name(name: str, known: Sequence[str]) -> str | None:
     by_lower_case = {each.lower(): each for each in known}
     nearest = (
         [bare] if bare in by_lower_case else difflib.get_close_matches(bare, by_lower_case, n=1, cutoff=0.6)
-    )
+    ) or [each for each in by_lower_case if each.startswith(f"{bare}_")]
     return by_lower_case[nearest[0]] if nearest else None
 
 

@@ -205,7 +205,10 @@ def load(folder: Path, trained: Trained, world: World) -> Progress:
     except manifest.Unsound as error:
         raise CheckpointMismatch(f"{folder}: {error}") from None
     if found.stack != trained.stack:
-        raise CheckpointMismatch(f"{folder} was written by {found.stack}; this recipe reads {trained.stack}")
+        problem = f"{folder} was written by {found.stack}; this recipe reads {trained.stack}"
+        raise CheckpointMismatch(
+            f"{problem}: go on with {found.technique or 'one that does'}, or start another run"
+        )
     for name in {**trained.facts, **found.facts}:  # also those that this run lacks, such as experts
         theirs, ours = (_said(name, facts) for facts in (found.facts, trained.facts))
         if theirs != ours:

@@ -15,17 +15,27 @@ def check_tensor_and_context(model: str, tensor: int, context: int) -> None:
     exchange whole heads of what one of those has.
     """
     size = SIZES[model]
+    nearest = nearest_divisor(math.gcd(size.heads, size.kv_heads, size.ffn_width), tensor)
     for what, number in (
         ("heads", size.heads),
         ("key/value heads", size.kv_heads),
         ("features", size.ffn_width),
     ):
         if number % tensor:
-            problem = f"wants a divisor of the {number} {what} of model={model}"
+            problem = f"wants a divisor of the {number} {what} of model={model}; nearest: {nearest}"
             raise ArgumentError("tensor_parallel", tensor, problem)
     heads, kv_heads = size.heads // tensor, size.kv_heads // tensor
     # Where there are fewer key/value heads than ranks, several of them get the same ones.
     if heads % math.lcm(kv_heads, context):
         left = f"{heads} heads over {kv_heads} key/value heads"
-        problem = f"does not divide the {left} that a rank has of model={model}"
+        nearest = nearest_divisor(
+            heads, context
+        )  # kv_heads divide heads, so a divisor's multiple with them does, too
+        problem = f"does not divide the {left} that a rank has of model={model}; nearest: {nearest}"
         raise ArgumentError("context_parallel", context, problem)
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is nearest to `wanted`; the smaller one of two."""
+    divisors = [each for each in range(1, number + 1) if number % each == 0]
+    return min(divisors, key=lambda each: (abs(each - wanted), each))

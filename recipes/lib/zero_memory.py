@@ -31,8 +31,9 @@ def zero_states(work: Workload, numbers: float, ranks: int) -> dict[str, float]:
     parameters = numbers * computes if stage < 3 else part * computes * (not work.parameters_offloaded)
     if work.optimizer_offloaded:
         return {"parameters": parameters, "gradients": 0.0, "optimizer": 0.0}
-    if stage < 3 or computes != master:  # in stage 3 what computes in float32 is what is updated
-        parameters += part * master
+    # In float32, too, what computes and what is updated are two. Stage 3 means to have one of both, and asks whether a
+    # device is the one that it has by its name, which to torch is never the same (stage3.py, 0.19.8).
+    parameters += part * master
     gradients = (numbers if stage == 1 else part) * work.reduce_bytes
     return {"parameters": parameters, "gradients": gradients, "optimizer": 2 * part * master}
 

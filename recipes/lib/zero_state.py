@@ -96,14 +96,21 @@ class ZeroState:
         self.compute_with_it()
 
     def kept(self) -> Kept:
-        """Bytes on this rank between two steps. The parameters are there twice: those that compute, and in float32."""
+        """Bytes on this rank between two steps. The parameters are there twice: those that compute, and in float32.
+
+        In stage 3 those that stay whole, too, beside this rank's part of them; and where the host updates, it has
+        gradients twice, as they are summed and as they are taken in the update.
+        """
         own = sum(part.count for part in self._parts.values())
-        computing = sum(
-            (getattr(p, "ds_tensor", p) if self._stage == 3 else p).nbytes for p in self._parameters
-        )
+        # One that is not gathered is empty; on one rank a whole one is its part.
+        computing = sum(p.nbytes for p in self._parameters if self._stage < 3 or not _share(p, p.ds_tensor))
+        computing += sum(p.ds_tensor.nbytes for p in self._parameters if self._stage == 3)
         whole = sum(math.prod(shape) for shape in self.shapes.values())
         size = next(iter(self._parts.values())).buffer.element_size()
-        return Kept(computing + own * size, (whole if self._stage == 1 else own) * size, 2 * own * size)
+        gradients = whole if self._stage == 1 else own
+        if self._stage == 3 and self._zero.offload_optimizer:
+            gradients *= 2
+        return Kept(computing + own * size, gradients * size, 2 * own * size)
 
     def compute_with_it(self) -> None:
         """Bring what is in float32 to the parameters that compute. All ranks call this together."""
@@ -177,3 +184,7 @@ class ZeroState:
         torchs = torch.optim.AdamW([torch.empty(0)], fused=True).param_groups[0]
         ours = self._zero.optimizer.param_groups[0 if len(shape) > 1 else 1]
         return {name: ours.get(name, value) for name, value in torchs.items() if name != "params"}
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -1,1 +1,1 @@
-"""Measurements of the launcher itself, on a box: `make bench`."""
+"""Measurements: of the launcher, on a box (`make bench`), and of what has a command of its own (universal.py)."""

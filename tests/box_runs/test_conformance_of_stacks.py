@@ -66,6 +66,10 @@ WAYS = {
         ("args.microbatch_size=1", "args.pipeline_parallel=2", "args.stages_per_rank=2"),
     ),
     "megatron-copies": Way("ch5_megatron", ("args.microbatch_size=6",)),
+    "megatron-torchrun": Way(
+        "ch5_megatron", ("args.microbatch_size=6", "args.tensor_parallel=2", "launch=torchrun")
+    ),
+    "mixture-torchrun": Way("ch5_deepspeed_moe", ("args.microbatch_size=6", "launch=torchrun")),
 }
 
 LENDING = REPOSITORY / "tests" / "recipes" / "python_with_megatron_on_cpu"

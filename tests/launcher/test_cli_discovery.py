@@ -102,6 +102,10 @@ def test_show_says_where_a_value_comes_from(capsys: pytest.CaptureFixture[str]) 
         ("show ch4_fsdp", "error: 'ch4_fsdp' is not a key=value word; write ch4_fsdp=VALUE"),
         ("show", "error: recipe= is missing; there is ch1_baseline, "),
         (
+            "submit recipe=ch5_deepspeed args.offload=cpu",
+            "error: args.offload: ch5_deepspeed has no such argument; did you mean args.offload_optimizer?",
+        ),
+        (
             "submit recipe=ch4_fsdp args.stpes=3",
             "error: args.stpes: ch4_fsdp has no such argument; did you mean",
         ),

@@ -59,6 +59,7 @@ from recipes.lib.parallelism import attention_backends, precision
 from recipes.lib.shards import TokenShards, write_shards
 from recipes.lib.stack import OwnFiles
 from recipes.lib.training import Plan, Remembering, Technique, optimizer_step
+from tests.recipes.held_memory import held
 from tests.recipes.ranks import run_ranks, told
 
 DEVICE = os.environ.get("PARITY_DEVICE", "cpu")
@@ -137,6 +138,10 @@ class Outcome:
     """Per rank, elements of the optimizer's state that it holds."""
     announced: int = 0
     """Bytes that a checkpoint was said to take before it was written; 0 where none was."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """ZeRO: bytes by kind that rank 0 is said to hold."""
+    held: dict[str, int] = field(default_factory=dict)
+    """And what it does hold."""
 
 
 class RaggedDataset(Dataset):
@@ -272,7 +277,15 @@ def _run(case: Case, folder: Path, world: World) -> Outcome:
         random=[numbers for numbers, _ in everyone],
         moments=[elements for _, elements in everyone],
         announced=announced,
+        **_memory(technique),
     )
+
+
+def _memory(technique: Technique) -> dict[str, dict[str, int]]:
+    if not (isinstance(technique, Zero) and technique.stage):
+        return {}
+    kept = dataclasses.asdict(technique.kept())
+    return {"kept": kept, "held": held(technique.model, technique.engine.optimizer)}
 
 
 def _elements(optimizer: torch.optim.Optimizer) -> int:

@@ -145,6 +145,7 @@ def test_a_wrong_value_is_refused_in_one_line_that_begins_with_its_key(
         ("args.steps=3", "nearest: steps"),
         ("--steps=3", "nearest: steps"),
         ("--batch-size=3", "nearest: batch_size"),
+        ("activation=full", "nearest: activation_checkpointing"),
         ("learning_rate=3", "it has: model, init_from, data"),
         ("--steps", "wants steps=VALUE"),
         ("resume", "wants resume=VALUE"),

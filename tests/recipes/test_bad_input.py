@@ -94,11 +94,12 @@ def test_a_checkpoint_of_another_model_or_shape(
 
 
 def test_a_checkpoint_of_another_stack(run: runs.Run, tmp_path: Path) -> None:
-    folder = change_manifest(run, 4, stack="megatron")
+    folder = change_manifest(run, 4, stack="megatron", technique="ch5_megatron")
     before = contents(run)
     line = one_line(trained_on(run, tmp_path))
     assert line == (
-        f"error: {folder} was written by megatron; this recipe reads torch.distributed.checkpoint\n"
+        f"error: {folder} was written by megatron; this recipe reads torch.distributed.checkpoint: "
+        "go on with ch5_megatron, or start another run\n"
     )
     assert contents(run) == before
 

@@ -104,7 +104,9 @@ def test_zero_joins_in_float32(compared: Path) -> None:
         )
     # In float32, too, ZeRO computes with one copy of the parameters and updates another.
     parameters = found["ddp"]["kept"]["parameters"]
-    for name, copies in (("zero1", 1.5), ("zero2", 1.5), ("zero3", 1.0)):
+    # Stage 3 slices both, and leaves whole beside its slices what is small: here all but the one table.
+    table = 4 * ROWS * SIZES["tiny"].width
+    for name, copies in (("zero1", 1.5), ("zero2", 1.5), ("zero3", 2 - table / parameters)):
         assert found[name]["kept"]["parameters"] == pytest.approx(copies * parameters, rel=1e-2)
 
 

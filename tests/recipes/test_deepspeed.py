@@ -22,10 +22,13 @@ from recipes.lib import optimizer
 from recipes.lib.arguments import ArgumentError
 from recipes.lib.deepspeed_stack import missing_for_disks
 from recipes.lib.distributed import alone
+from recipes.lib.workload import Workload
+from recipes.lib.zero_memory import zero_states
 from tests.recipes.parity import (
     DEVICE,
     SAVED_AGAIN_AT,
     SAVED_AT,
+    SIZE,
     STEPS,
     Case,
     Outcome,
@@ -228,6 +231,28 @@ def test_each_rank_has_its_part_of_the_moments_only(outcomes: dict[str, Outcome]
         for size in (2, 4) if f"{way}-uneven-x4" in outcomes else (2,):
             parts = outcomes[f"{way}-uneven-x{size}"].moments
             assert max(parts) == pytest.approx(whole[0] / size, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{way}-uneven-x2" for way in [*WAYS][1:]] + ["zero2-rounded", "zero3-rounded"]
+)
+def test_what_a_rank_is_said_to_hold_is_in_its_memory(name: str, outcomes: dict[str, Outcome]) -> None:
+    """In float32, too, parameters are there twice; those that stay whole a third time; offloaded gradients twice."""
+    said, found = outcomes[name].kept, outcomes[name].held
+    freed = () if "zero3" in name or "host" in name else ("gradients",)
+    for kind in said.keys() - freed:
+        assert said[kind] == pytest.approx(found[kind], rel=0.01), kind
+
+
+def test_what_zero_keeps_is_predicted(outcomes: dict[str, Outcome]) -> None:
+    """The launcher's formulas, by which it refuses what GPUs cannot hold, against the ranks' memory."""
+    for name, compute in (("uneven-x2", 4), ("rounded", 2)):
+        numbers = outcomes[f"zero0-{name}"].moments[0] // 2
+        for way in ("zero1", "zero2", "zero3"):
+            work = Workload(size=SIZE, sequence_length=24, microbatch=1, strategy=way, compute_bytes=compute)
+            predicted, found = zero_states(work, numbers, 2), outcomes[f"{way}-{name}"].held
+            assert predicted["parameters"] == pytest.approx(found["parameters"], rel=0.02), (way, name)
+            assert predicted["optimizer"] == pytest.approx(found["moments"], rel=0.02), (way, name)
 
 
 @pytest.mark.parametrize("case", AT_THE_SAME_SIZE, ids=lambda case: case.name)

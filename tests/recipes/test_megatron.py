@@ -234,7 +234,8 @@ def test_a_recipe_on_torch_refuses_its_checkpoint(
     with pytest.raises(CheckpointMismatch) as caught:
         checkpoint.load(saved, shared(SIZE), one_rank)
     assert str(caught.value) == (
-        f"{saved} was written by Megatron-Core (torch_dist); this recipe reads torch.distributed.checkpoint"
+        f"{saved} was written by Megatron-Core (torch_dist); this recipe reads torch.distributed.checkpoint: "
+        "go on with one that does, or start another run"
     )
 
 
@@ -249,7 +250,8 @@ def test_it_refuses_a_checkpoint_of_a_recipe_on_torch(tmp_path: Path, one_rank: 
     )
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1] == (
-        f"error: {saved} was written by torch.distributed.checkpoint; this recipe reads Megatron-Core (torch_dist)"
+        f"error: {saved} was written by torch.distributed.checkpoint; this recipe reads Megatron-Core (torch_dist): "
+        "go on with one that does, or start another run"
     )
     assert "Traceback" not in ended.stderr
 
@@ -272,20 +274,23 @@ def test_a_byte_that_changed_in_a_file_of_megatrons_is_found(
 
 
 ARGUMENTS = {
-    "tensor_parallel=3": "tensor_parallel=3: wants a divisor of the 4 heads of model=tiny",
-    "tensor_parallel=4": "tensor_parallel=4: wants a divisor of the 2 key/value heads of model=tiny",
+    "tensor_parallel=3": "tensor_parallel=3: wants a divisor of the 4 heads of model=tiny; nearest: 2",
+    "tensor_parallel=4": "tensor_parallel=4: wants a divisor of the 2 key/value heads of model=tiny; nearest: 2",
     "tensor_parallel=2 sequence_length=255": "tensor_parallel=2: cuts a sequence into 2 pieces, which do not divide "
-    "sequence_length=255",
+    "sequence_length=255; nearest: 256",
     "context_parallel=2 sequence_length=254": "context_parallel=2: cuts a sequence into 4 pieces, which do not divide "
-    "sequence_length=254",
+    "sequence_length=254; nearest: 256",
     "context_parallel=8": "context_parallel=8: does not divide the 4 heads over 2 key/value heads that a rank has of "
-    "model=tiny",
-    "pipeline_parallel=3": "pipeline_parallel=3: 3 stages (3 ranks x 1) do not divide the 4 layers of model=tiny",
+    "model=tiny; nearest: 4",
+    "pipeline_parallel=3": "pipeline_parallel=3: 3 stages (3 ranks x 1) do not divide the 4 layers of "
+    "model=tiny; nearest: 2",
     "pipeline_parallel=2 stages_per_rank=4": "stages_per_rank=4: 8 stages (2 ranks x 4) do not divide the 4 layers of "
-    "model=tiny",
+    "model=tiny; nearest: 2",
+    "pipeline_parallel=3 stages_per_rank=3": "pipeline_parallel=3: 9 stages (3 ranks x 3) do not divide the "
+    "4 layers of model=tiny; nearest: 2 with stages_per_rank=1",
     "stages_per_rank=2": "stages_per_rank=2: wants pipeline_parallel=2 or more",
     "expert_parallel=2": "expert_parallel=2: wants experts=2 or more; experts=0 is a dense model",
-    "experts=4 expert_parallel=3": "expert_parallel=3: wants a divisor of experts=4",
+    "experts=4 expert_parallel=3": "expert_parallel=3: wants a divisor of experts=4; nearest: 2",
     "experts=2 experts_per_token=3": "experts_per_token=3: wants at most experts=2",
     "experts=2 tensor_parallel=2 sequence_parallel=false": "sequence_parallel=false: wants true with experts=2 and "
     "tensor_parallel=2",
@@ -297,17 +302,21 @@ ARGUMENTS = {
 }
 RANKS = {
     ("tensor_parallel=2 pipeline_parallel=2", 6): "tensor_parallel=2: one copy of the model takes 4 ranks "
-    "(tensor_parallel=2 times pipeline_parallel=2), which do not divide 6 ranks",
+    "(tensor_parallel=2 times pipeline_parallel=2), which do not divide 6 ranks; nearest: 1",
+    ("tensor_parallel=2 pipeline_parallel=4", 4): "pipeline_parallel=4: one copy of the model takes 8 ranks "
+    "(tensor_parallel=2 times pipeline_parallel=4), which do not divide 4 ranks; nearest: 2",
+    ("tensor_parallel=2 pipeline_parallel=2", 5): "tensor_parallel=2: one copy of the model takes 4 ranks "
+    "(tensor_parallel=2 times pipeline_parallel=2), which do not divide 5 ranks; nearest: 8 ranks",
     (
         "experts=4 expert_parallel=4",
         6,
-    ): "expert_parallel=4: experts are spread over the copies of the rest, and does "
-    "not divide 6 copies on 6 ranks",
+    ): "expert_parallel=4: 6 ranks have 6 copies of the rest, over which experts are spread: wants a divisor; "
+    "nearest: 2",
     (
         "pipeline_parallel=2 stages_per_rank=2 batch_size=6",
         4,
     ): "stages_per_rank=2: virtual stages go round in groups of "
-    "pipeline_parallel=2 microbatches, and a copy has 3 (batch_size=6 on 2 of microbatch_size=1)",
+    "pipeline_parallel=2 microbatches, and a copy has 3 (batch_size=6 over 2 copies, microbatch_size=1)",
 }
 
 
@@ -330,7 +339,8 @@ def test_the_launcher_says_it_before_it_submits(capsys: pytest.CaptureFixture[st
     words = ["recipe=ch5_megatron", "cluster=local", "nodes=1", "tasks_per_node=3", "args.tensor_parallel=2"]
     assert main(["submit", *words]) == 2
     assert capsys.readouterr().err.endswith(
-        "args.tensor_parallel=2: one copy of the model takes 2 ranks (tensor_parallel=2), which do not divide 3 ranks\n"
+        "args.tensor_parallel=2: one copy of the model takes 2 ranks (tensor_parallel=2), which do not divide "
+        "3 ranks; nearest: 1\n"
     )
 
 
