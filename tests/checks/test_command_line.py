@@ -30,8 +30,9 @@ def evidence(folder: Path, changes: dict[str, Record] | None = None) -> str:
 
 
 def test_the_table_says_check_verdict_read_expected_and_what_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     pending = {key_of("nvml", ["nvmlDeviceGetRemappedRows", 1]): value([0, 0, 1, 0])}
     assert main([evidence(tmp_path, pending), "--node=n1", *HEALTHY]) == 1
     head, *rows = capsys.readouterr().out.splitlines()

@@ -18,7 +18,12 @@ from checks.gather import Step, step_of
 from tests.checks.nodes import healthy, value
 
 NODES = ("localhost", "n2", "n3", "n4")
-ENVIRONMENT = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost,n[2-4]"}
+ENVIRONMENT = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "localhost,n[2-4]",
+    "COLUMNS": "200",  # so that no cell is wrapped
+}
 
 
 @pytest.fixture
