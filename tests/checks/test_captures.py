@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from checks import passive
 from checks.__main__ import main
-from checks.expectations import Expectations
-from checks.verdict import CheckResult, Verdict
+from checks.verdict import Verdict
+from tests.checks.replayed import verdicts
 
 FOLDER = Path(os.environ.get("HARDWARE_CAPTURES", ""))
 pytestmark = pytest.mark.skipif(
@@ -31,14 +29,8 @@ def found(pattern: str) -> Path:
     return paths[0]
 
 
-def judged(paths: Sequence[Path], *checks: str, part: str = "") -> dict[str, CheckResult]:
-    bundle, captured = passive.opened(paths, part)
-    assert captured
-    return {one.check: one for one in passive.look_at(bundle, Expectations(), checks, part=True).results}
-
-
 def test_nine_healthy_ndr_adapters_and_the_bond() -> None:
-    results = judged([found("infiniband-h100")])
+    results = verdicts([found("infiniband-h100")])
     assert {name: one.verdict for name, one in results.items()} == dict.fromkeys(
         ("rdma.devices", "rdma.port", "rdma.rate", "rdma.counters"), Verdict.PASS
     )
@@ -70,11 +62,11 @@ def test_one_file_of_the_tree_changes_the_verdict(
     changed.unlink()
     if text is not None:
         changed.write_text(text)
-    assert judged([tree])[check].verdict is verdict
+    assert verdicts([tree])[check].verdict is verdict
 
 
 def test_the_six_bridges_with_acs_on_are_named() -> None:
-    result = judged([found("lspci-vvv-*")])["pcie.acs"]
+    result = verdicts([found("lspci-vvv-*")])["pcie.acs"]
     assert result.verdict is Verdict.WARN
     assert result.read.split(": ", 1) == [
         "on at 6 bridges",
@@ -85,14 +77,14 @@ def test_the_six_bridges_with_acs_on_are_named() -> None:
 def test_without_acs_the_same_machine_passes(tmp_path: Path) -> None:
     text = found("lspci-vvv-*").read_text()
     (tmp_path / "lspci.txt").write_text(text.replace("ACSCtl:\tSrcValid+", "ACSCtl:\tSrcValid-"))
-    assert judged([tmp_path / "lspci.txt"])["pcie.acs"].verdict is Verdict.PASS
+    assert verdicts([tmp_path / "lspci.txt"])["pcie.acs"].verdict is Verdict.PASS
 
 
 def test_every_link_to_its_gpus_and_adapters_is_at_its_best() -> None:
     """Others are not: those of disks, and of the switch above the NVSwitches."""
     text = found("lspci-vvv-*").read_text()
     assert "(downgraded)" in text
-    result = judged([found("lspci-vvv-*")])["pcie.path"]
+    result = verdicts([found("lspci-vvv-*")])["pcie.path"]
     assert (result.verdict, result.read) == (Verdict.PASS, "20 devices at their best")
 
 
@@ -113,19 +105,19 @@ def test_a_link_below_its_best_is_named(tmp_path: Path, device: str, line: str, 
     assert head
     healthy = "LnkSta:\tSpeed 32GT/s (ok), Width x16 (ok)"
     (tmp_path / "lspci.txt").write_text(before + head + after.replace(healthy, f"LnkSta:\t{line}", 1))
-    result = judged([tmp_path / "lspci.txt"])["pcie.path"]
+    result = verdicts([tmp_path / "lspci.txt"])["pcie.path"]
     assert (result.verdict, says in result.read) == (Verdict.FAIL, True), result
 
 
 def test_xid_119_asks_for_a_reset_of_that_gpu() -> None:
-    result = judged([found("kernel-log/*119*")])["gpu.xid"]
+    result = verdicts([found("kernel-log/*119*")])["gpu.xid"]
     assert result.verdict is Verdict.FAIL
     assert "Xid 119 on 0000:9b:00 (5 times)" in result.read
     assert "reset that GPU: leave the node out" in result.remedy
 
 
 def test_the_nvlinks_of_eight_a100s() -> None:
-    results = judged([found("nvidia-smi/nvlink*a100*")])
+    results = verdicts([found("nvidia-smi/nvlink*a100*")])
     assert results["gpu.count"].read == "8 × NVIDIA A100-SXM4-80GB"
     assert results["nvlink.links"].verdict is Verdict.PASS
     assert results["nvlink.links"].expected == "12 × 25 GB/s"
@@ -133,7 +125,7 @@ def test_the_nvlinks_of_eight_a100s() -> None:
 
 @pytest.mark.parametrize("kind", ["h100", "h200"])
 def test_an_idle_gpu_of_driver_590_is_healthy(kind: str) -> None:
-    results = judged([found(f"nvidia-smi/linux-{kind}*")])
+    results = verdicts([found(f"nvidia-smi/linux-{kind}*")])
     assert {one.verdict for one in results.values()} == {Verdict.PASS}
     assert {
         "gpu.recovery",
@@ -147,7 +139,7 @@ def test_an_idle_gpu_of_driver_590_is_healthy(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["h100", "h200"])
 def test_a_loaded_gpu_is_in_use_and_else_healthy(kind: str) -> None:
-    results = judged([found(f"nvidia-smi/linux-{kind}*")], part="load")
+    results = verdicts([found(f"nvidia-smi/linux-{kind}*")], part="load")
     bad = {name for name, one in results.items() if one.verdict is not Verdict.PASS}
     assert bad == {"gpu.processes", "gpu.memory"}
 
@@ -176,7 +168,7 @@ def test_one_value_of_the_session_changes_the_verdict(
     head = before.rpartition(": ")[0]
     file = tmp_path / "session.txt"
     file.write_text(text.replace(before, f"{head}: {after}", 1))
-    assert judged([file])[check].verdict is verdict
+    assert verdicts([file])[check].verdict is verdict
 
 
 def test_captures_of_one_node_are_judged_together(capsys: pytest.CaptureFixture[str]) -> None:

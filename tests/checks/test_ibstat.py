@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from checks import passive
 from checks.expectations import Expectations
-from checks.verdict import CheckResult, Verdict
+from checks.verdict import Verdict
+from tests.checks.replayed import judged
 
 FAIL, WARN, UNKNOWN, PASS = Verdict.FAIL, Verdict.WARN, Verdict.UNKNOWN, Verdict.PASS
 
@@ -36,20 +36,13 @@ def node(**changed: str) -> str:
     return "".join(adapter(f"mlx5_{number}", port(**changed if number == 2 else {})) for number in range(8))
 
 
-def judged(folder: Path, text: str, expected: Expectations | None = None) -> dict[str, CheckResult]:
-    (folder / "ibstat").write_text(text)
-    bundle, _ = passive.opened([folder / "ibstat"], "")
-    looked = passive.look_at(bundle, expected or Expectations(), part=True)
-    return {one.check: one for one in looked.results}
-
-
 def test_eight_healthy_adapters(tmp_path: Path) -> None:
     results = judged(tmp_path, node())
     assert {name: one.verdict for name, one in results.items()} == dict.fromkeys(
         ("rdma.devices", "rdma.port", "rdma.rate"), PASS
     )
     assert results["rdma.port"].read == "8 ports active"
-    assert judged(tmp_path, node(), Expectations(rails=9))["rdma.devices"].verdict is FAIL
+    assert judged(tmp_path, node(), expected=Expectations(rails=9))["rdma.devices"].verdict is FAIL
 
 
 @pytest.mark.parametrize(
@@ -108,8 +101,8 @@ def test_one_port_alone_is_printed_without_indentation(tmp_path: Path) -> None:
 
 def test_ports_of_another_fabric_are_not_the_jobs(tmp_path: Path) -> None:
     text = adapter("mlx5_0", port()) + adapter("mlx5_1", port(State="Down", Link_layer="Ethernet", Rate="40"))
-    assert judged(tmp_path, text, Expectations(fabric="infiniband"))["rdma.port"].verdict is PASS
-    assert judged(tmp_path, text, Expectations(fabric="roce"))["rdma.port"].verdict is FAIL
+    assert judged(tmp_path, text, expected=Expectations(fabric="infiniband"))["rdma.port"].verdict is PASS
+    assert judged(tmp_path, text, expected=Expectations(fabric="roce"))["rdma.port"].verdict is FAIL
 
 
 @pytest.mark.parametrize(
@@ -117,9 +110,9 @@ def test_ports_of_another_fabric_are_not_the_jobs(tmp_path: Path) -> None:
 )
 def test_a_list_of_devices_says_nothing_of_ports(tmp_path: Path, text: str) -> None:
     """`ibstat -l` and `ibstat -s`."""
-    results = judged(tmp_path, text, Expectations(fabric="infiniband", rails=3))
+    results = judged(tmp_path, text, expected=Expectations(fabric="infiniband", rails=3))
     assert {name: one.verdict for name, one in results.items()} == {"rdma.devices": PASS}
-    assert judged(tmp_path, text, Expectations(rails=4))["rdma.devices"].verdict is FAIL
+    assert judged(tmp_path, text, expected=Expectations(rails=4))["rdma.devices"].verdict is FAIL
 
 
 # rdma-core, infiniband-diags/scripts/ibstatus.

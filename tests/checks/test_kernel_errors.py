@@ -6,22 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from checks import passive
 from checks.aer import AerError, aer_errors, strange_errors
-from checks.expectations import Expectations
 from checks.sxid import action_of, strange_sxids, sxids
 from checks.verdict import CheckResult, Verdict
+from tests.checks.replayed import judged
 
 FAIL, WARN, UNKNOWN, PASS = Verdict.FAIL, Verdict.WARN, Verdict.UNKNOWN, Verdict.PASS
 
 
-def judged(folder: Path, *lines: str) -> dict[str, CheckResult]:
+def of_log(folder: Path, *lines: str) -> dict[str, CheckResult]:
     """A captured log alone: nobody says which devices matter, so all do."""
-    (folder / "dmesg").write_text(
-        "".join(f"[  {number}.000001] {line}\n" for number, line in enumerate(lines))
-    )
-    bundle, _ = passive.opened([folder / "dmesg"], "")
-    return {one.check: one for one in passive.look_at(bundle, Expectations(), part=True).results}
+    return judged(folder, "".join(f"[  {number}.000001] {line}\n" for number, line in enumerate(lines)))
 
 
 # --- Advanced Error Reporting -----------------------------------------------------------------------------
@@ -140,7 +135,7 @@ def test_an_error_is_counted_once_in_any_kernels_words(
 def test_a_captured_log_is_judged_by_the_severity(
     tmp_path: Path, lines: tuple[str, ...], verdict: Verdict, says: str
 ) -> None:
-    result = judged(tmp_path, *lines)["pcie.aer"]
+    result = of_log(tmp_path, *lines)["pcie.aer"]
     assert (result.verdict, says in result.read) == (verdict, True), result
 
 
@@ -179,7 +174,7 @@ SXID = "nvidia-nvswitch2: SXid (PCI:0000:07:00.0):"
 def test_an_error_of_a_switch_is_judged_by_what_it_does_to_the_gpus(
     tmp_path: Path, lines: tuple[str, ...], verdict: Verdict, says: str
 ) -> None:
-    result = judged(tmp_path, *lines)["nvlink.sxid"]
+    result = of_log(tmp_path, *lines)["nvlink.sxid"]
     assert (result.verdict, says in result.read) == (verdict, True), result
     assert says.endswith("times)") or "times" not in result.read, "three lines are one error"
 
@@ -224,7 +219,7 @@ OTHER = UNHEALTHY.replace("1a:00", "2a:00")
 def test_what_an_adapter_reports_of_itself_is_judged(
     tmp_path: Path, lines: tuple[str, ...], verdict: Verdict, says: str
 ) -> None:
-    result = judged(tmp_path, *lines)["rdma.log"]
+    result = of_log(tmp_path, *lines)["rdma.log"]
     assert (result.verdict, says in result.read) == (verdict, True), result
 
 
@@ -240,4 +235,4 @@ def test_what_an_adapter_reports_of_itself_is_judged(
 def test_what_has_ended_since_and_what_is_no_complaint_is_none(
     tmp_path: Path, lines: tuple[str, ...]
 ) -> None:
-    assert "rdma.log" not in judged(tmp_path, *lines)
+    assert "rdma.log" not in of_log(tmp_path, *lines)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from checks import passive
-from checks.expectations import Expectations
-from checks.verdict import CheckResult, Verdict
+from checks.verdict import Verdict
+from tests.checks.replayed import judged
 
 FAIL, WARN, UNKNOWN, PASS = Verdict.FAIL, Verdict.WARN, Verdict.UNKNOWN, Verdict.PASS
 GPU, ADAPTER, UPPER = "0000:19:00.0", "0000:1a:00.0", "0000:16:00.0"
@@ -49,12 +48,6 @@ def tree(**links: str) -> str:
         + "9f:00.0 Non-Volatile memory controller: Samsung Electronics Co Ltd NVMe SSD\n"
         + f"\tCapabilities: [70] Express (v2) Endpoint, MSI 00\n{link('8GT/s', 2, ' (downgraded)')}"
     )
-
-
-def judged(folder: Path, text: str) -> dict[str, CheckResult]:
-    (folder / "lspci").write_text(text)
-    bundle, _ = passive.opened([folder / "lspci"], "")
-    return {one.check: one for one in passive.look_at(bundle, Expectations(), part=True).results}
 
 
 # `(ok)` and `(downgraded)` are of 3.6 and 3.7; later versions say nothing of what is well, nor of a port above.

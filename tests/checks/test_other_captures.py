@@ -11,18 +11,10 @@ from checks import passive
 from checks.__main__ import main
 from checks.bundle import BundleError
 from checks.collect_network import PORT_COUNTERS
-from checks.expectations import Expectations
 from checks.verdict import CheckResult, Verdict
+from tests.checks.replayed import judged, verdicts
 
 FAIL, WARN, UNKNOWN, PASS = Verdict.FAIL, Verdict.WARN, Verdict.UNKNOWN, Verdict.PASS
-
-
-def judged(folder: Path, text: str, *checks: str) -> dict[str, CheckResult]:
-    file = folder / "capture"
-    file.write_text(text)
-    bundle, captured = passive.opened([file], "")
-    assert captured
-    return {one.check: one for one in passive.look_at(bundle, Expectations(), checks, part=True).results}
 
 
 # --- kernel logs ------------------------------------------------------------------------------------------
@@ -417,7 +409,6 @@ def test_an_infiniband_port_without_counters_and_a_device_without_ports_are_unkn
                            ("link_layer", "InfiniBand"), ("hw_counters/rnr_nak_retry_err", "0")):  # fmt: skip
             (port / name).write_text(text + "\n")
     shutil.rmtree(tmp_path / "mlx5_1" / "ports" / "1" / gone)
-    bundle, _ = passive.opened([tmp_path], "")
-    results = {one.check: one for one in passive.look_at(bundle, Expectations(), (), part=True).results}
+    results = verdicts([tmp_path])
     assert (results[check].verdict, "mlx5_1" in results[check].read) == (UNKNOWN, True), results[check]
     assert "mlx5_0" not in results[check].read

@@ -8,24 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from checks import passive
 from checks.__main__ import main
 from checks.bundle import BundleError
-from checks.expectations import Expectations
 from checks.verdict import CheckResult, Verdict
+from tests.checks.replayed import judged
 
 FAIL, WARN, UNKNOWN, PASS = Verdict.FAIL, Verdict.WARN, Verdict.UNKNOWN, Verdict.PASS
 LOST = "NVRM: Xid (PCI:0000:9b:00): 79, pid=1, name=x, GPU has fallen off the bus."
 ADAPTER = "mlx5_core 0000:1a:00.0: firmware version: 28.39.1002"
 LOG = f"[    1.000000] {ADAPTER}\n[    3.000000] {LOST}\n"
-
-
-def judged(folder: Path, data: bytes | str) -> dict[str, CheckResult]:
-    file = folder / "capture"
-    file.write_bytes(data if isinstance(data, bytes) else data.encode())
-    bundle, captured = passive.opened([file], "")
-    assert captured
-    return {one.check: one for one in passive.look_at(bundle, Expectations(), part=True).results}
 
 
 def of_log(folder: Path, *messages: str) -> CheckResult:
