@@ -33,6 +33,11 @@ def by_administrator(what: str) -> str:
     return f"leave this node out; an administrator has to {what}"
 
 
+def times(count: int) -> str:
+    """` (3 times)` after what was seen more than once."""
+    return f" ({count} times)" if count > 1 else ""
+
+
 def blind(value: Unread, what: str = "") -> Finding:
     """What could not be looked at."""
     verdict = Verdict.NOT_PERMITTED if value.problem is Problem.NOT_PERMITTED else Verdict.UNKNOWN

@@ -17,8 +17,8 @@ from typing import Literal
 
 from checks.expectations import Expectations
 from checks.facts import Node
-from checks.findings import Finding, blind, by_administrator, fail, result, warn
-from checks.reading import Problem, Unread, counted
+from checks.findings import Finding, blind, by_administrator, fail, result, times, warn
+from checks.reading import Problem, Unread
 from checks.registry import check
 from checks.verdict import CheckResult
 
@@ -88,7 +88,7 @@ def adapter_log(node: Node, expected: Expectations) -> list[CheckResult]:
 
 
 def _finding(one: Complaint) -> Finding:
-    text = f"{one.address}: {one.text}" + (f" ({counted(one.count, 'time')})" if one.count > 1 else "")
+    text = f"{one.address}: {one.text}{times(one.count)}"
     if one.kind == "health":
         return fail(text, by_administrator("reset the adapter, or reboot the node"))
     if one.kind == "module":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from checks.collect_pci import is_gpu
 from checks.expectations import Expectations
 from checks.facts import Gpu, Node
-from checks.findings import Finding, blind, by_administrator, fail, result, warn
+from checks.findings import Finding, blind, by_administrator, fail, result, times, warn
 from checks.kernel_log import Xid, fallen, not_started, strange_xids, xids
 from checks.reading import Problem, Unread, counted, shortened
 from checks.registry import check
@@ -295,8 +295,7 @@ def xid(node: Node, expected: Expectations) -> list[CheckResult]:
 
 
 def _xid_finding(one: Xid, node: Node) -> Finding:
-    times = f" ({one.count} times)" if one.count > 1 else ""
-    text = f"Xid {one.number} on {one.address}{times}"
+    text = f"Xid {one.number} on {one.address}{times(one.count)}"
     if one.action == "unknown":
         return blind(Unread(Problem.ERROR, f"{text}: neither fatal nor non-fatal: {shortened(one.text)}"))
     if one.action is None or one.action == "watch":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from checks.expectations import Expectations
 from checks.facts import Gpu, Node
-from checks.findings import Finding, blind, by_administrator, fail, result, warn
+from checks.findings import Finding, blind, by_administrator, fail, result, times, warn
 from checks.judge_gpu import gpus_of, without_gpus
 from checks.reading import Problem, Unread, counted, shortened
 from checks.registry import check
@@ -205,7 +205,7 @@ def switches(node: Node, expected: Expectations) -> list[CheckResult]:
 
 def _switch_finding(one: Sxid) -> Finding:
     links = f" link {' '.join(map(str, one.links))}" if one.links else ""
-    text = f"SXid {one.number} on {one.switch}{links}" + (f" ({one.count} times)" if one.count > 1 else "")
+    text = f"SXid {one.number} on {one.switch}{links}{times(one.count)}"
     until = "leave the node out until an administrator has done so"
     if one.action == "reboot":
         return fail(f"{text}, fatal to the whole fabric", f"reboot the node: {until}")
