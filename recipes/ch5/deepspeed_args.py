@@ -10,7 +10,7 @@ from recipes.lib.arguments import ArgumentError, TrainArgs, argument
 from recipes.lib.flops import largest_matrix
 from recipes.lib.planner import model_size
 
-USUAL_BUCKET = 50_000_000
+LEAST_BUCKET, USUAL_BUCKET = 1000, 50_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +107,7 @@ class DeepSpeedArgs(TrainArgs):
         backward pass writes over it. With 50 million an 8B model on four H200s had a gradient norm of a million where
         stage 3 had 33, and learned (github.com/deepspeedai/DeepSpeed/issues/5347, 4298, 5523).
         """
-        if self.bucket_size:
-            return self.bucket_size
-        largest = largest_matrix(model_size(self.model, self.vocab_size))
-        return max(USUAL_BUCKET, largest if self.stage == 2 else 0)
+        return self.bucket_size or max(USUAL_BUCKET, _least_bucket(self))
 
     @property
     def on_disk(self) -> bool:
@@ -128,12 +125,18 @@ class Bucketed(Protocol):
     bucket_size: int
 
 
+def _least_bucket(args: Bucketed) -> int:
+    return largest_matrix(model_size(args.model, args.vocab_size)) if args.stage == 2 else 0
+
+
 def check_bucket(args: Bucketed) -> None:
     """Refuse a bucket that stage 2 would train wrongly with. Raises ArgumentError."""
-    largest = largest_matrix(model_size(args.model, args.vocab_size))
-    if args.stage == 2 and args.overlap and 0 < args.bucket_size < largest:
+    if 0 < args.bucket_size < LEAST_BUCKET:
+        raise ArgumentError("bucket_size", args.bucket_size, f"wants 0, or at least {LEAST_BUCKET}")
+    least = _least_bucket(args)
+    if args.overlap and 0 < args.bucket_size < least:
         problem = (
-            f"wants at least {largest:,}, the largest matrix, or overlap=false: DeepSpeed gives back the memory of a "
+            f"wants at least {least:,}, the largest matrix, or overlap=false: DeepSpeed gives back the memory of a "
             "larger gradient while it is being summed"
         )
         raise ArgumentError("bucket_size", args.bucket_size, problem)

@@ -89,7 +89,7 @@ def activation_bytes(args: MegatronArgs, ranks: int) -> float:
     layers = size.layers / stages * in_flight
     of_layers = layers * kept + layer if args.activation_checkpointing == "full" else layers * layer
     # The output's input and its logits, rounded, in float32, and without padding, where the first stage is the last.
-    # Llama-3-8B took 124.0 GiB on four H200s where this says 123.1, llama_1b recomputed 25.4 on one where it says 26.4.
+    # Llama-3-8B took 124.0 GiB on four H200s where this says 123.2, llama_1b recomputed 25.4 on one where it says 26.3.
     logits = (8 + wide) * size.vocab_size
     head = tokens * (4 * size.width + logits) / tensor if stages == 1 else 0.0
     return of_layers + head

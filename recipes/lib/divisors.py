@@ -28,9 +28,7 @@ def check_tensor_and_context(model: str, tensor: int, context: int) -> None:
     # Where there are fewer key/value heads than ranks, several of them get the same ones.
     if heads % math.lcm(kv_heads, context):
         left = f"{heads} heads over {kv_heads} key/value heads"
-        nearest = nearest_divisor(
-            heads, context
-        )  # kv_heads divide heads, so a divisor's multiple with them does, too
+        nearest = nearest_divisor(heads, context)  # kv_heads divide heads: a multiple of both does, too
         problem = f"does not divide the {left} that a rank has of model={model}; nearest: {nearest}"
         raise ArgumentError("context_parallel", context, problem)
 

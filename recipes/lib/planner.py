@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from recipes.lib.arguments import ArgumentError
 from recipes.lib.calibration import GIB
+from recipes.lib.divisors import nearest_divisor
 from recipes.lib.flops import flops_per_token
 from recipes.lib.gpus import Gpu
 from recipes.lib.memory_model import Memory, predict_memory
@@ -104,7 +105,7 @@ def check(request: Request) -> None:
     split = (request.tensor or 1) * (request.pipeline or 1)
     if request.gpus % split:
         key = "tensor" if (request.tensor or 1) > 1 else "pipeline"
-        nearest = _nearest_divisor(split, request.gpus)
+        nearest = nearest_divisor(request.gpus, split)
         problem = (
             f"tensor {request.tensor or 1} x pipeline {request.pipeline or 1} = {split} does not divide "
             f"{request.gpus} GPUs ({request.nodes} x {request.gpus_per_node}); nearest: {nearest}"
@@ -182,12 +183,6 @@ def what_would_fit(request: Request) -> list[str]:
 
 def _rank(each: Candidate) -> tuple[bool, float]:
     return each.fits, each.tokens_per_second if each.fits else each.spare_gib
-
-
-def _nearest_divisor(number: int, whole: int) -> int:
-    return min(
-        (each for each in range(1, whole + 1) if whole % each == 0), key=lambda each: abs(each - number)
-    )
 
 
 def _ways(request: Request) -> Iterator[Workload]:

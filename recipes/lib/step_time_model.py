@@ -74,6 +74,11 @@ def _stage_time(work: Workload, stage: Stage, gpu: Gpu, fabric: Fabric, calibrat
     return StepTime({name: seconds for name, seconds in parts.items() if seconds}, hidden)
 
 
+def _repeated_layers(work: Workload, stage: Stage) -> int:
+    """Those whose whole forward pass the backward pass does again."""
+    return stage.recomputed(work) if work.checkpointing == "full" else 0
+
+
 def _product_flop(work: Workload, stage: Stage) -> float:
     """Of one microbatch: 2 FLOP per multiplied parameter and token forward, 4 backward, 2 again where recomputed."""
     norms = 2 * work.size.width
@@ -81,7 +86,7 @@ def _product_flop(work: Workload, stage: Stage) -> float:
     head = stage.vocabulary * work.size.width
     # Recomputation stops before down_proj: nothing of the layer's backward pass needs its result.
     down = work.size.width * work.size.ffn_width / work.tensor
-    again = stage.recomputed(work) * (stage.layer - norms - down) if work.checkpointing == "full" else 0
+    again = _repeated_layers(work, stage) * (stage.layer - norms - down)
     head_again = head if chunks(work) > 1 and not work.fused_loss else 0
     return work.tokens * (6.0 * (layers + head) + 2.0 * (again + head_again))
 
@@ -90,8 +95,7 @@ def _attention_seconds(work: Workload, stage: Stage, gpu: Gpu, calibration: Cali
     """The causal half only, which is all that the kernel computes: 2 S A FLOP per token forward, 5 S A backward."""
     width = work.size.heads * work.size.head_dim / work.tensor
     once = work.tokens * work.sequence_length * width
-    again = stage.recomputed(work) if work.checkpointing == "full" else 0
-    forward = 2.0 * once * (stage.layers + again)
+    forward = 2.0 * once * (stage.layers + _repeated_layers(work, stage))
     backward = 5.0 * once * stage.layers
     rates = calibration.attention_forward_share, calibration.attention_backward_share
     return forward / (rates[0] * gpu.peak) + backward / (rates[1] * gpu.peak)
@@ -148,8 +152,7 @@ def _communication(
     if work.tensor > 1:
         # Sequence parallel: gather before and scatter after each of the two halves, forward and backward; a gather
         # again for the gradients of weights. Nothing else can run meanwhile.
-        again = stage.recomputed(work) if work.checkpointing == "full" else 0
-        passes = stage.layers * (4 + 4 + 2) + again * 4
+        passes = stage.layers * (4 + 4 + 2) + _repeated_layers(work, stage) * 4
         array = work.tokens * work.size.width * work.compute_bytes
         alone += rounds * passes * _ring(array, work.tensor, 1, fabric, gpu, calibration)
     if work.pipeline > 1:

@@ -6,6 +6,7 @@ import pytest
 
 from recipes.ch5.deepspeed_args import DeepSpeedArgs
 from recipes.ch5.deepspeed_config import BETAS, deepspeed_config
+from recipes.ch5.deepspeed_moe_args import DeepSpeedMoeArgs
 from recipes.lib import optimizer
 from recipes.lib.arguments import ArgumentError
 
@@ -29,6 +30,13 @@ def test_what_does_not_go_together_is_one_line_that_names_the_key(key: str) -> N
         DeepSpeedArgs(**REFUSED[key])
     assert caught.value.key == key
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [DeepSpeedArgs, DeepSpeedMoeArgs])
+def test_a_bucket_of_a_few_numbers_is_refused(arguments: type[DeepSpeedArgs | DeepSpeedMoeArgs]) -> None:
+    with pytest.raises(ArgumentError, match="bucket_size=999: wants 0, or at least 1000"):
+        arguments(stage=1, bucket_size=999)
+    arguments(stage=1, bucket_size=1000)
 
 
 def test_stages_below_three_keep_parameters_on_the_device() -> None:
